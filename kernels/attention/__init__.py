@@ -1,0 +1,117 @@
+"""Softmax attention, and its fixed-query form that needs no cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ..dispatch import Implementation, call
+from ..documents import starts
+from . import reference, xla
+from .fixed_query import fixed_query
+
+__all__ = ["attention", "fixed_query"]
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.attention),
+    "reference": Implementation(reference.attention),
+}
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    q_index: Int[Array, "B T"] | None = None,
+    q_start: Int[Array, "B T"] | None = None,
+    kv_index: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    block: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """y_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys that t may see  (arXiv:2307.08691).
+
+    Every key has an index (0..S-1 unless `kv_index` gives another; -1 marks an empty cache slot)
+    and every query sees the keys whose index is in [first, last]: last is its own index (causal)
+    or the end, first is the start of its document and, with `window`, at most window - 1 before its
+    own. A query that may see nothing returns 0 and a log-sum-exp of -inf.
+
+    `scale` is K**-0.5 if None. Head h reads key and value group h G // H. `reset` marks documents
+    when q and k are the same tokens; a cache gives q_index, q_start and kv_index instead.
+    `return_lse` adds the log-sum-exp of the scaled scores in at least float32. `block` is the
+    number of tokens a blockwise implementation takes at a time. Returns y in the dtype of q.
+    A non-finite key, value, query or cotangent reaches exactly what its mask lets it reach.
+    Raises ValueError for arguments that do not fit.
+    """
+    check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block)
+    first, last = visible(q, k, causal, window, reset, q_index, q_start)
+    if kv_index is None:
+        kv_index = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
+    dtype = jnp.result_type(q, k, v)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    y, lse = call(
+        "attention",
+        IMPLEMENTATIONS,
+        implementation,
+        *(x.astype(dtype) for x in (q, k, v)),
+        first,
+        last,
+        kv_index.astype(jnp.int32),
+        scale,
+        block,
+    )
+    y = y.astype(q.dtype)
+    return (y, lse) if return_lse else y
+
+
+def visible(q, k, causal, window, reset, q_index, q_start):
+    """Index of the first and of the last key that each query may see, int32 (B, T) each."""
+    shape, index = q.shape[:2], jnp.arange(q.shape[1], dtype=jnp.int32)
+    end = jnp.full(shape, jnp.iinfo(jnp.int32).max, jnp.int32)
+    if q_index is None:
+        q_index = jnp.broadcast_to(index, shape)
+    if reset is not None:
+        q_start = starts(reset)
+        following = jax.lax.cummin(jnp.where(reset, index, shape[1]), axis=1, reverse=True)
+        end = end.at[:, :-1].set(following[:, 1:] - 1)
+    first = jnp.zeros(shape, jnp.int32) if q_start is None else q_start.astype(jnp.int32)
+    last = q_index.astype(jnp.int32) if causal else end
+    if window is not None:
+        first = jnp.maximum(first, q_index.astype(jnp.int32) - (window - 1))
+    return jnp.maximum(first, 0), last
+
+
+def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
+    """Raise a ValueError that names the first argument that does not fit."""
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} differ in batch, length or heads")
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        raise ValueError(f"q {q.shape} and k {k.shape}: at least one token is needed in each")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has {q.shape[3]} features and k {k.shape[3]}; they must be equal")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k and v have {k.shape[2]} heads, which does not divide {q.shape[2]}")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; it must be at least 1")
+    if block is not None and block < 1:
+        raise ValueError(f"block={block}; it must be at least 1")
+    for name, x, shape in (
+        ("reset", reset, q.shape[:2]),
+        ("q_index", q_index, q.shape[:2]),
+        ("q_start", q_start, q.shape[:2]),
+        ("kv_index", kv_index, k.shape[:2]),
+    ):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}, not {shape}")
+    same = q.shape[1] == k.shape[1] and kv_index is None
+    if reset is not None and not (same and q_index is None and q_start is None):
+        raise ValueError("reset goes with as many queries as keys and without q_index, q_start, kv_index")
+    if (causal or window is not None) and not same and q_index is None:
+        raise ValueError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys (kv_index {'not ' * (kv_index is None)}given): "
+            "a causal or windowed call needs q_index, each query's index among the keys"
+        )

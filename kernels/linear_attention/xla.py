@@ -1,0 +1,217 @@
+"""Chunkwise linear attention: a scan over small chunks, exact for every decay.
+
+Inside a chunk every pair of tokens j < i parts at one node of a binary tree over the chunk, i in the
+right child and j in the left. The decay between them is what i sees from the start of the right
+child times what j has left to the end of the left child, exp(prefix_i) exp(suffix_j): two sums of
+non-positive logs, so nothing overflows and, unlike a difference of cumulative sums, nothing cancels.
+That is the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single tokens;
+each level of the tree is one masked matrix product. A chunk is small enough to stay in cache.
+"""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+
+
+@lru_cache
+def tree(size):
+    """The binary tree over a chunk of `size` tokens.
+
+    sums (L + 2, size, size) of 0 and 1: row l, i adds the logs that token i needs at level l, then
+    those from the chunk's start to i, and from after i to the chunk's end. pairs (L, size, size):
+    True where the level parts i (row) and j (column).
+    """
+    i, j = np.arange(size)[:, None], np.arange(size)[None, :]
+    sums, pairs = [], []
+    for level in range((size - 1).bit_length()):
+        block = 2**level
+        right, mine = i // block % 2 == 1, i // block == j // block
+        sums.append(mine & np.where(right, j <= i, j > i))
+        pairs.append((i // block // 2 == j // block // 2) & right & (j // block % 2 == 0))
+    pairs = np.stack(pairs) if pairs else np.zeros((0, size, size), bool)
+    return np.stack([*sums, j <= i, j > i]), pairs
+
+
+def linear_attention(q, k, v, log_decay, state, reset, chunk):
+    """The public function's arguments after its checks; `chunk` None chooses by measurement."""
+    (B, T, _, K), H = q.shape, state.shape[1]
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, T, H))
+    if log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+    vector = log_decay.shape[-1] == K and K > 1
+    if chunk is None:
+        on_cpu = jax.default_backend() == "cpu"
+        chunk = (16 if vector else 32) if on_cpu else 64
+    size = min(chunk, T)
+    padding = -T % size
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x
+
+    q, k, v, log_decay = pad(q), pad(k), pad(v), pad(log_decay)
+    reset = None if reset is None else pad(reset)
+    y, state = _chunkwise(size, q, k, v, log_decay, state, reset)
+    return y[:, :T].astype(jnp.result_type(q, k, v)), state
+
+
+class Chunk:
+    """One chunk's arrays as (B, H, C, features), and what both passes need of them."""
+
+    def __init__(self, q, k, v, log_decay, reset, state):
+        exact, heads, size = state.dtype, state.shape[1], q.shape[2]
+        # bf16 inputs may use an accelerator's fast products, float32 ones may not.
+        precision = "highest" if q.dtype == exact else None
+        self.dot = partial(jnp.einsum, precision=precision, preferred_element_type=exact)
+        self.q, self.k, self.v = (
+            repeat(x, "b g c k -> b (g r) c k", r=heads // x.shape[1]).astype(exact)
+            for x in (q, k, v)
+        )
+        sums, pairs = tree(size)
+        self.pairs, self.pairs_T = pairs[:, None, None], pairs.swapaxes(1, 2)[:, None, None]
+        self.diagonal = np.eye(size, dtype=bool)
+        logs = jnp.einsum("lij,bhjk->lbhik", sums.astype(exact), log_decay, precision="highest")
+        decay = jnp.exp(logs)
+        levels, self.from_start, self.to_end = decay[:-2], decay[-2], decay[-1]
+        self.vector = log_decay.shape[-1] > 1
+        if self.vector:
+            self.levels, self.q_levels, self.k_levels = levels, self.q * levels, self.k * levels
+        else:
+            between = jnp.where(self.pairs, levels * levels.swapaxes(-1, -2), 0)
+            self.weight = jnp.sum(between, axis=0) + self.diagonal
+        self.reset = reset
+        if reset is not None:
+            segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+            self.same = segment[:, None, :, None] == segment[:, None, None, :]
+            self.first = segment[:, None, :, None] == 0
+            self.last = segment[:, None, :, None] == segment[:, None, -1:, None]
+            self.cut = reset.any(axis=1)[:, None, None, None]
+
+    def only(self, where, x):
+        """x where the named mask of documents holds, else zero."""
+        return x if self.reset is None else jnp.where(getattr(self, where), x, 0)
+
+    def carry(self, state):
+        """What passes through the whole chunk of a state, or of its cotangent."""
+        state = self.from_start[:, :, -1, :, None] * state
+        return state if self.reset is None else jnp.where(self.cut, 0, state)
+
+    def scores(self):
+        """q_i . k_j times the decay from j to i: (B, H, i, j)."""
+        if not self.vector:
+            return self.only("same", self.dot("bhik,bhjk->bhij", self.q, self.k) * self.weight)
+        parts = self.dot("lbhik,lbhjk->lbhij", self.q_levels, self.k_levels)
+        own = jnp.sum(self.q * self.k, axis=-1)[..., None] * self.diagonal
+        return self.only("same", jnp.sum(jnp.where(self.pairs, parts, 0), axis=0) + own)
+
+    def scores_pull(self, d, d_T):
+        """Gradients of q and k from that of `scores`, given plain and transposed."""
+        d, d_T = self.only("same", d), self.only("same", d_T)
+        if not self.vector:
+            d_T = d_T * self.weight.swapaxes(-1, -2)
+            return self.dot("bhij,bhjk->bhik", d * self.weight, self.k), self.dot(
+                "bhji,bhik->bhjk", d_T, self.q
+            )
+        dq = self.dot("lbhij,lbhjk->lbhik", jnp.where(self.pairs, d, 0), self.k_levels)
+        dk = self.dot("lbhji,lbhik->lbhjk", jnp.where(self.pairs_T, d_T, 0), self.q_levels)
+        own = jnp.sum(jnp.where(self.diagonal, d, 0), axis=-1)[..., None]
+        return (
+            jnp.sum(self.levels * dq, axis=0) + own * self.k,
+            jnp.sum(self.levels * dk, axis=0) + own * self.q,
+        )
+
+
+def _forward(size, q, k, v, log_decay, state, reset):
+    def body(state, xs):
+        c = Chunk(*xs, state)
+        y = c.dot("bhij,bhjv->bhiv", c.scores(), c.v)
+        y += c.only("first", c.dot("bhik,bhkv->bhiv", c.q * c.from_start, state))
+        kept = c.only("last", c.k * c.to_end)
+        return c.carry(state) + c.dot("bhjk,bhjv->bhkv", kept, c.v), (y, state)
+
+    xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
+    final, (y, states) = jax.lax.scan(body, state, xs)
+    return (_join(y), final), (q, k, v, log_decay, reset, states, final)
+
+
+def _backward(size, residuals, cotangents):
+    q, k, v, log_decay, reset, states, final = residuals
+    dy, d_final = cotangents
+
+    def body(carry, xs):
+        d_next, after = carry  # cotangent of the state after the chunk, and that state
+        *xs, dy, before = xs
+        c = Chunk(*xs, before)
+        dq, dk = c.scores_pull(
+            c.dot("bhiv,bhjv->bhij", dy, c.v), c.dot("bhjv,bhiv->bhji", c.v, dy)
+        )
+        dq += c.only("first", c.dot("bhiv,bhkv->bhik", dy, before) * c.from_start)
+        dk += c.only("last", c.dot("bhjv,bhkv->bhjk", c.v, d_next) * c.to_end)
+        dv = c.dot("bhij,bhiv->bhjv", c.scores(), dy)
+        dv += c.dot("bhjk,bhkv->bhjv", c.only("last", c.k * c.to_end), d_next)
+        # Decay between two tokens: what the later one reads less what the earlier one gives.
+        reads, through = c.q * dq - c.k * dk, jnp.sum(after * d_next, axis=-1)[:, :, None]
+        if not c.vector:
+            reads, through = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, through))
+        d_decay = _suffix_sums(reads, xs[-1]) + c.only("last", through)
+        if reset is not None:
+            d_decay = jnp.where(xs[-1][:, None, :, None], 0, d_decay)
+        seen = c.only("first", c.q * c.from_start)
+        d_before = c.carry(d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
+        grads = tuple(
+            _collect(d, x.shape[:2]) for d, x in zip((dq, dk, dv, d_decay), xs[:4], strict=True)
+        )
+        return (d_before, before), grads
+
+    xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
+    xs = (*xs, _split(dy, size), states)
+    (d_state, _), grads = jax.lax.scan(body, (d_final, final), xs, reverse=True)
+    grads = (
+        _join(d).astype(x.dtype) for d, x in zip(grads, (q, k, v, log_decay), strict=True)
+    )
+    return (*grads, d_state, None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(size, q, k, v, log_decay, state, reset):
+    """y in the state's dtype and the final state, for T a multiple of `size`."""
+    return _forward(size, q, k, v, log_decay, state, reset)[0]
+
+
+_chunkwise.defvjp(_forward, _backward)
+
+
+def _split(x, size):
+    return rearrange(x, "b (n c) h k -> n b h c k", c=size)
+
+
+def _split_reset(reset, size):
+    return None if reset is None else rearrange(reset, "b (n c) -> n b c", c=size)
+
+
+def _join(x):
+    return rearrange(x, "n b h c k -> b (n c) h k")
+
+
+def _collect(d, shape):
+    """Sum a gradient (B, H, ...) over what was repeated: to `shape` = (B or 1, groups)."""
+    b, h, *rest = d.shape
+    d = d.reshape(b, shape[1], h // shape[1], *rest).sum(axis=2)
+    return d if shape[0] == b else d.sum(axis=0, keepdims=True)
+
+
+def _suffix_sums(x, reset):
+    """Sum over the tokens from i to the end of its document: (B, H, C, K) along C."""
+    if reset is None:
+        return jax.lax.cumsum(x, axis=2, reverse=True)
+    ends = jnp.concatenate([reset[:, 1:], jnp.zeros_like(reset[:, :1])], axis=1)
+    ends = jnp.broadcast_to(ends[:, None, :, None], x.shape)
+
+    def combine(later, earlier):
+        (flag1, sum1), (flag2, sum2) = later, earlier
+        return flag1 | flag2, jnp.where(flag2, sum2, sum1 + sum2)
+
+    return jax.lax.associative_scan(combine, (ends, x), axis=2, reverse=True)[1]
