@@ -1,9 +1,10 @@
 """FlashAttention-2 in plain XLA: tiles of scores, an online softmax, a backward that recomputes.
 
-A tile is (B, G, R, T, S): R query heads share a key and value group, so that no key is copied. Loops
-run from the first to the last tile that any query may see. Hidden entries of a tile are zeros by
-`where`; products whose sum runs over hidden entries read operands in which non-finite rows are
-zeros, and the other products read them as nan: so they reach what may see them and nothing else.
+A tile of scores is (B, G, R, T, S): R query heads read one group of keys, so that no key is copied.
+Loops run from the first to the last tile that the masks let through.
+
+Non-finite numbers reach what the masks let them reach and nothing else: a tile is masked by `where`,
+a product whose result keeps the masked axis reads bad rows as nan, one that sums over it as zeros.
 """
 
 from functools import partial
@@ -15,11 +16,12 @@ from einops import rearrange
 from ..monoid import LOWEST
 
 BLOCK = 256  # fastest of 64 to 512 on one CPU core at T=2048, K=V=64
+END = jnp.iinfo(jnp.int32).max
 
 
 def attention(q, k, v, first, last, kv_index, scale, block):
-    block = BLOCK if block is None else block
-    return _attention(q, k, v, first, last, kv_index, scale, block)
+    """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
+    return _attention(q, k, v, first, last, kv_index, scale, BLOCK if block is None else block)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -28,16 +30,16 @@ def _attention(q, k, v, first, last, kv_index, scale, block):
 
 
 def _forward(q, k, v, first, last, kv_index, scale, block):
-    queries, keys = _queries(q, first, last, k.shape[2], block), _keys(k, v, kv_index, block)
-    rows = _queries(q, first, last, k.shape[2], block)
     exact = jnp.promote_types(jnp.float32, q.dtype)
+    keys, extent = _keys(k, v, kv_index, block)
+    interval, _ = _intervals(first, last, block)
 
-    def outer(_, query):
+    def row(query):
         q, first, last = query
 
-        def inner(j, carry):
+        def column(j, carry):
             m, u, w = carry
-            k, v, index, _ = _at(keys, j)
+            k, _, v, index = _tile(keys, j)
             see = _see(first, last, index)
             s = jnp.where(see, scale * _dot("bgrtk,bgsk->bgrts", q, k), LOWEST)
             top = jnp.maximum(m, s.max(-1))
@@ -47,9 +49,129 @@ def _forward(q, k, v, first, last, kv_index, scale, block):
             return top, u, fade[..., None] * w + _dot("bgrts,bgsv->bgrtv", p, v)
 
         m = jnp.full(q.shape[:-1], LOWEST, exact)
-        w = jnp.zeros((*m.shape, v.shape[3]), exact)
-        start = m, jnp.zeros_like(m), w
-        m, u, w = jax.lax.fori_loop(*_tiles(first, last, keys), inner, start)
-        y = jnp.where(u[..., None] == 0, 0, w / u[..., None]).astype(v.dtype)
-        return None, (y, m + jnp.log(u))
-    ...
+        empty = m, jnp.zeros_like(m), jnp.zeros((*m.shape, v.shape[3]), exact)
+        span = _span(*extent, first.min(-1), last.max(-1))
+        m, u, w = jax.lax.fori_loop(*span, column, empty)
+        y = jnp.where(u[..., None] == 0, 0, w / u[..., None])
+        return y.astype(q.dtype), m + jnp.log(u)
+
+    y, lse = jax.lax.map(row, (_heads(q, k.shape[2], block), *interval))
+    y, lse = _join(y, q.shape[1]), _join(lse, q.shape[1])
+    return (y, lse), (q, k, v, first, last, kv_index, y, lse)
+
+
+def _backward(scale, block, residuals, cotangents):
+    """dS = P (dP - (dy . y - dlse)): once by rows of tiles for dq, once by columns for dk and dv.
+
+    Two passes, since adding to a shared dq from columns that run at once would have no fixed order.
+    """
+    q, k, v, first, last, kv_index, y, lse = residuals
+    dy, dlse = cotangents
+    exact, groups = lse.dtype, k.shape[2]
+    term = jnp.einsum("bthv,bthv->bth", dy.astype(exact), y.astype(exact), precision="highest") - dlse
+    bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(term))[..., None]
+    sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, term
+    queries = *(_heads(x, groups, block) for x in sides),
+    keys, key_extent = _keys(k, v, kv_index, block)
+    interval, query_extent = _intervals(first, last, block)
+
+    def tile(query, key):
+        """The weights of one tile and the gradient to its scores, 0 where hidden."""
+        (q, _, dy, lse, term, first, last), (k, _, v, index) = query, key
+        see = _see(first, last, index)
+        s = scale * _dot("bgrtk,bgsk->bgrts", q, k)
+        p = jnp.where(see, jnp.exp(s - lse[..., None]), 0)
+        ds = p * (_dot("bgrtv,bgsv->bgrts", dy, v) - term[..., None])
+        return p, jnp.where(see, ds, 0).astype(q.dtype)
+
+    def row(query):
+        def column(j, dq):
+            key = _tile(keys, j)
+            return dq + _dot("bgrts,bgsk->bgrtk", tile(query, key)[1], key[1])
+
+        span = _span(*key_extent, query[-2].min(-1), query[-1].max(-1))
+        return jax.lax.fori_loop(*span, column, jnp.zeros(query[0].shape, exact))
+
+    def column(key):
+        def row(i, carry):
+            dk, dv = carry
+            query = _tile((*queries, *interval), i)
+            p, ds = tile(query, key)
+            dk = dk + _dot("bgrts,bgrtk->bgsk", ds, query[1])
+            return dk, dv + _dot("bgrts,bgrtv->bgsv", p.astype(ds.dtype), query[2])
+
+        _, _, v, index = key
+        zeros = jnp.zeros(key[0].shape, exact), jnp.zeros(v.shape, exact)
+        return jax.lax.fori_loop(*_span(*query_extent, *_extent(index)), row, zeros)
+
+    dq = jax.lax.map(row, (*queries, *interval))
+    dk, dv = (_join(x[:, :, :, None], k.shape[1]) for x in jax.lax.map(column, keys))
+    dq = scale * _join(dq, q.shape[1])
+    return dq.astype(q.dtype), (scale * dk).astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _dot(equation, x, y):
+    """A matmul accumulated in at least float32, and not in less precision than its inputs."""
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    precision = "highest" if x.dtype == exact else "default"
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=exact)
+
+
+def _see(first, last, index):
+    index = index[:, None, :]
+    see = (first[:, :, None] <= index) & (index <= last[:, :, None]) & (index >= 0)
+    return see[:, None, None]
+
+
+def _cut(x, block, fill=0):
+    """(B, T, ...) -> (tiles, B, block, ...), the last tile filled up."""
+    rest = -x.shape[1] % block
+    if rest:
+        padding = [(0, rest) if axis == 1 else (0, 0) for axis in range(x.ndim)]
+        x = jnp.pad(x, padding, constant_values=fill)
+    return rearrange(x, "b (n t) ... -> n b t ...", t=block)
+
+
+def _heads(x, groups, block):
+    """(B, T, H, ...) -> (tiles, B, G, R, block, ...)."""
+    block = min(block, x.shape[1])
+    return rearrange(_cut(x, block), "n b t (g r) ... -> n b g r t ...", g=groups)
+
+
+def _join(x, length):
+    """(tiles, B, G, R, block, ...) -> (B, length, H, ...)."""
+    return rearrange(x, "n b g r t ... -> b (n t) (g r) ...")[:, :length]
+
+
+def _keys(k, v, index, block):
+    """Tiles of (k with bad rows nan, k with bad rows 0, v with bad rows 0, index), their extents."""
+    bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))[..., None]
+    sides = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, k), jnp.where(bad, 0, v)
+    index = _cut(index, min(block, index.shape[1]), -1)
+    tiles = *(_heads(x, k.shape[2], block)[:, :, :, 0] for x in sides), index
+    return tiles, _extent(index)
+
+
+def _intervals(first, last, block):
+    """Tiles of the queries' intervals, those of the filling empty, and their extents."""
+    block = min(block, first.shape[1])
+    first, last = _cut(first, block, END), _cut(last, block, -1)
+    return (first, last), (first.min(-1), last.max(-1))
+
+
+def _extent(index):
+    """Least and greatest index of a tile's keys, empty slots not counted."""
+    return jnp.where(index < 0, END, index).min(-1), index.max(-1)
+
+
+def _span(low, high, first, last):
+    """The range of tiles, extents (tiles, B), that overlap an interval (B,) in any row."""
+    live = ((low <= last) & (high >= first)).any(-1)
+    return jnp.argmax(live), jnp.where(live.any(), live.size - jnp.argmax(live[::-1]), 0)
+
+
+def _tile(tree, i):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)

@@ -50,7 +50,16 @@ def linear_attention(
 
     def run(q, k, v, log_decay, state, reset):
         return call(
-            "linear_attention", IMPLEMENTATIONS, implementation, q, k, v, log_decay, state, reset, chunk
+            "linear_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            k,
+            v,
+            log_decay,
+            state,
+            reset,
+            chunk,
         )
 
     if reset is None or implementation in IMPLEMENTATIONS.keys() - ISOLATED:

@@ -76,12 +76,13 @@ class Chunk:
         logs = jnp.einsum("lij,bhjk->lbhik", sums.astype(exact), log_decay, precision="highest")
         decay = jnp.exp(logs)
         levels, self.from_start, self.to_end = decay[:-2], decay[-2], decay[-1]
+        self.whole = self.from_start[:, :, -1, :, None]  # (B, H, K or 1, 1)
         self.vector = log_decay.shape[-1] > 1
         if self.vector:
             self.levels, self.q_levels, self.k_levels = levels, self.q * levels, self.k * levels
         else:
             between = jnp.where(self.pairs, levels * levels.swapaxes(-1, -2), 0)
-            self.weight = jnp.sum(between, axis=0) + self.diagonal
+            self.weight = jnp.sum(between, axis=0)  # the decay from j to i, for j < i
         self.reset = reset
         if reset is not None:
             segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
@@ -96,32 +97,50 @@ class Chunk:
 
     def carry(self, state):
         """What passes through the whole chunk of a state, or of its cotangent."""
-        state = self.from_start[:, :, -1, :, None] * state
-        return state if self.reset is None else jnp.where(self.cut, 0, state)
+        return (
+            self.whole * state if self.reset is None else jnp.where(self.cut, 0, self.whole * state)
+        )
+
+    def own(self, scores):
+        """A token's score with itself, which no decay touches: the diagonal as a column."""
+        return jnp.sum(jnp.where(self.diagonal, scores, 0), axis=-1)[..., None]
 
     def scores(self):
         """q_i . k_j times the decay from j to i: (B, H, i, j)."""
         if not self.vector:
-            return self.only("same", self.dot("bhik,bhjk->bhij", self.q, self.k) * self.weight)
+            weight = self.weight + self.diagonal
+            return self.only("same", self.dot("bhik,bhjk->bhij", self.q, self.k) * weight)
         parts = self.dot("lbhik,lbhjk->lbhij", self.q_levels, self.k_levels)
         own = jnp.sum(self.q * self.k, axis=-1)[..., None] * self.diagonal
         return self.only("same", jnp.sum(jnp.where(self.pairs, parts, 0), axis=0) + own)
 
     def scores_pull(self, d, d_T):
-        """Gradients of q and k from that of `scores`, given plain and transposed."""
+        """Gradients of q and k from that of `scores` off the diagonal, given plain and transposed."""
         d, d_T = self.only("same", d), self.only("same", d_T)
         if not self.vector:
-            d_T = d_T * self.weight.swapaxes(-1, -2)
-            return self.dot("bhij,bhjk->bhik", d * self.weight, self.k), self.dot(
-                "bhji,bhik->bhjk", d_T, self.q
-            )
+            d, d_T = d * self.weight, d_T * self.weight.swapaxes(-1, -2)
+            return self.dot("bhij,bhjk->bhik", d, self.k), self.dot("bhji,bhik->bhjk", d_T, self.q)
         dq = self.dot("lbhij,lbhjk->lbhik", jnp.where(self.pairs, d, 0), self.k_levels)
         dk = self.dot("lbhji,lbhik->lbhjk", jnp.where(self.pairs_T, d_T, 0), self.q_levels)
-        own = jnp.sum(jnp.where(self.diagonal, d, 0), axis=-1)[..., None]
-        return (
-            jnp.sum(self.levels * dq, axis=0) + own * self.k,
-            jnp.sum(self.levels * dk, axis=0) + own * self.q,
-        )
+        return jnp.sum(self.levels * dq, axis=0), jnp.sum(self.levels * dk, axis=0)
+
+    def decay_pull(self, inside, at_start, at_end, through):
+        """Gradient of the logs: what crosses token t, none of it as a difference of large sums.
+
+        inside: what tokens read less what they give within the chunk, (B, H, C, K); at_start: what
+        they read of the incoming state; at_end: what they give to the outgoing one; through
+        (B, H, 1, K): what passes the chunk whole.
+        """
+        if not self.vector:
+            inside, at_start, at_end, through = (
+                jnp.sum(x, axis=-1, keepdims=True) for x in (inside, at_start, at_end, through)
+            )
+        given = jax.lax.cumsum(at_end, axis=2) - at_end
+        if self.reset is None:
+            return jax.lax.cumsum(inside + at_start, axis=2, reverse=True) + given + through
+        crossing = _suffix_sums(inside + at_start, self.reset) + self.only("last", given)
+        crossing += jnp.where(self.cut, 0, through)
+        return jnp.where(self.reset[:, None, :, None], 0, crossing)
 
 
 def _forward(size, q, k, v, log_decay, state, reset):
@@ -134,45 +153,39 @@ def _forward(size, q, k, v, log_decay, state, reset):
 
     xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
     final, (y, states) = jax.lax.scan(body, state, xs)
-    return (_join(y), final), (q, k, v, log_decay, reset, states, final)
+    return (_join(y), final), (q, k, v, log_decay, reset, states)
 
 
 def _backward(size, residuals, cotangents):
-    q, k, v, log_decay, reset, states, final = residuals
+    q, k, v, log_decay, reset, states = residuals
     dy, d_final = cotangents
 
-    def body(carry, xs):
-        d_next, after = carry  # cotangent of the state after the chunk, and that state
+    def body(d_next, xs):
         *xs, dy, before = xs
         c = Chunk(*xs, before)
-        dq, dk = c.scores_pull(
-            c.dot("bhiv,bhjv->bhij", dy, c.v), c.dot("bhjv,bhiv->bhji", c.v, dy)
+        d_scores = c.dot("bhiv,bhjv->bhij", dy, c.v)
+        dq_inside, dk_inside = c.scores_pull(d_scores, c.dot("bhjv,bhiv->bhji", c.v, dy))
+        dq_start = c.only("first", c.dot("bhiv,bhkv->bhik", dy, before) * c.from_start)
+        dk_end = c.only("last", c.dot("bhjv,bhkv->bhjk", c.v, d_next) * c.to_end)
+        d_decay = c.decay_pull(
+            c.q * dq_inside - c.k * dk_inside,
+            c.q * dq_start,
+            c.k * dk_end,
+            jnp.sum(c.whole * before * d_next, axis=-1)[:, :, None],
         )
-        dq += c.only("first", c.dot("bhiv,bhkv->bhik", dy, before) * c.from_start)
-        dk += c.only("last", c.dot("bhjv,bhkv->bhjk", c.v, d_next) * c.to_end)
+        own = c.own(d_scores)
+        dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q
         dv = c.dot("bhij,bhiv->bhjv", c.scores(), dy)
         dv += c.dot("bhjk,bhkv->bhjv", c.only("last", c.k * c.to_end), d_next)
-        # Decay between two tokens: what the later one reads less what the earlier one gives.
-        reads, through = c.q * dq - c.k * dk, jnp.sum(after * d_next, axis=-1)[:, :, None]
-        if not c.vector:
-            reads, through = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, through))
-        d_decay = _suffix_sums(reads, xs[-1]) + c.only("last", through)
-        if reset is not None:
-            d_decay = jnp.where(xs[-1][:, None, :, None], 0, d_decay)
         seen = c.only("first", c.q * c.from_start)
         d_before = c.carry(d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
-        grads = tuple(
-            _collect(d, x.shape[:2]) for d, x in zip((dq, dk, dv, d_decay), xs[:4], strict=True)
-        )
-        return (d_before, before), grads
+        grads = zip((dq, dk, dv, d_decay), xs, strict=False)
+        return d_before, tuple(_collect(d, x.shape[:2]) for d, x in grads)
 
     xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
-    xs = (*xs, _split(dy, size), states)
-    (d_state, _), grads = jax.lax.scan(body, (d_final, final), xs, reverse=True)
-    grads = (
-        _join(d).astype(x.dtype) for d, x in zip(grads, (q, k, v, log_decay), strict=True)
-    )
-    return (*grads, d_state, None)
+    d_state, grads = jax.lax.scan(body, d_final, (*xs, _split(dy, size), states), reverse=True)
+    grads = zip(grads, (q, k, v, log_decay), strict=True)
+    return (*(_join(d).astype(x.dtype) for d, x in grads), d_state, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

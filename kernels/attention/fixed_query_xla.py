@@ -1,0 +1,133 @@
+"""Fixed-query attention by chunks: pairs inside a chunk, the softmax monoid from chunk to chunk.
+
+With m_t the maximum so far and P_ts = e^(s_s - m_t) over the pairs s <= t of one document,
+    u_t = sum_s P_ts + e^(m - m_t) u,   w_t = sum_s P_ts v_s + e^(m - m_t) w,   y_t = w_t / u_t.
+The backward is the transposed recurrence, with exponents that are never positive either: from
+dw_t = dy_t / u_t and du_t = -dw_t . y_t,
+    dv_s = sum_t P_ts dw_t,   ds_s = sum_t P_ts (dw_t . v_s + du_t),
+and a chunk sends to those before it the cotangents of a state, sum_t e^(m - m_t) (du_t, dw_t).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from ..monoid import LOWEST
+
+CHUNK = 32
+
+
+def fixed_query(q, k, v, scale, state, reset, chunk):
+    """Scan over chunks. Saves T / chunk summaries beside its inputs."""
+    return _fixed_query(q, k, v, state, reset, scale, min(chunk or CHUNK, k.shape[1]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fixed_query(q, k, v, state, reset, scale, chunk):
+    return _forward(q, k, v, state, reset, scale, chunk)[0]
+
+
+def _forward(q, k, v, state, reset, scale, chunk):
+    dtype, scaled = jnp.result_type(q, k, v), _scaled(q, scale, k.shape[2], state[0].dtype)
+
+    def body(state, tokens):
+        _, _, _, (m, u, w) = _chunk(scaled, tokens, state)
+        y = rearrange(w / u[..., None], "b g r c v -> b c (g r) v").astype(dtype)
+        return (m[..., -1], u[..., -1], w[..., -1, :]), (state, y)
+
+    start = _grouped(state, k.shape[2])
+    final, (starts, y) = jax.lax.scan(body, start, _tokens(k, v, reset, chunk))
+    y = rearrange(y, "n b c h v -> b (n c) h v")[:, : k.shape[1]]
+    return (y, _ungrouped(final)), (q, k, v, reset, starts, final)
+
+
+def _backward(scale, chunk, residuals, cotangents):
+    q, k, v, reset, starts, (_, u, w) = residuals
+    exact, groups = u.dtype, k.shape[2]
+    scaled = _scaled(q, scale, groups, exact)
+    dm, du, dw = _grouped(cotangents[1], groups)
+
+    def body(carry, x):
+        (dtop, du, dw, dq), (tokens, state, dy) = carry, x
+        s, p, fade, (m_t, u_t, w_t) = _chunk(scaled, tokens, state)
+        dy = rearrange(dy.astype(exact), "b c (g r) v -> b g r c v", g=groups)
+        dw_t = dy / u_t[..., None]
+        du_t = -(dw_t * w_t).sum(-1) / u_t
+        du_t, dw_t = du_t.at[..., -1].add(du), dw_t.at[..., -1, :].add(dw)
+
+        ds = _dot("bgrtv,bsgv->bgrts", dw_t, tokens[1].astype(exact)) + du_t[..., None]
+        ds = (p * ds).sum(-2)
+        # The maximum came in with the state, or it is the score of one of these tokens.
+        came = (fade[..., -1] > 0) & (state[0] == m_t[..., -1])
+        largest = jax.nn.one_hot(s[..., -1, :].argmax(-1), s.shape[-1], dtype=exact)
+        ds = ds + largest * jnp.where(came, 0, dtop)[..., None]
+
+        dv = _dot("bgrts,bgrtv->bsgv", p, dw_t)
+        dk = _dot("bgrc,grk->bcgk", ds, scaled)
+        dq = dq + _dot("bgrc,bcgk->grk", ds, tokens[0].astype(exact))
+        du, dw = (fade * du_t).sum(-1), _dot("bgrt,bgrtv->bgrv", fade, dw_t)
+        return (jnp.where(came, dtop, 0), du, dw, dq), (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    # What the state's reader sees of its maximum besides through u and w, which follow it.
+    dtop = dm - du * u - (dw * w).sum(-1)
+    inputs = _tokens(k, v, reset, chunk), starts, _split(cotangents[0], chunk)
+    carry = dtop, du, dw, jnp.zeros_like(scaled)
+    (dtop, du, dw, dq), tokens = jax.lax.scan(body, carry, inputs, reverse=True)
+    dk, dv = (rearrange(x, "n b c ... -> b (n c) ...")[:, : k.shape[1]] for x in tokens)
+    _, u, w = jax.tree.map(lambda x: x[0], starts)
+    state = _ungrouped((dtop + du * u + (dw * w).sum(-1), du, dw))
+    return (scale * dq).reshape(q.shape).astype(q.dtype), dk, dv, state, None
+
+
+_fixed_query.defvjp(_forward, _backward)
+
+
+def _chunk(scaled, tokens, state):
+    """Visible scores and weights P (B G R T S), the state's share (B G R T), and each token's state."""
+    (k, v, reset, real), (m, u, w) = tokens, state
+    s = _dot("grk,bcgk->bgrc", scaled, k.astype(m.dtype))[..., None, :]
+    see, keep = jnp.tril(jnp.ones((k.shape[1],) * 2, bool)) & real, True
+    if reset is not None:
+        document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+        see = (see & (document[:, :, None] == document[:, None, :]))[:, None, None]
+        keep = (document == 0)[:, None, None]
+    s = jnp.where(see, s, LOWEST)
+    m_t = jnp.maximum(s.max(-1), jnp.where(keep, m[..., None], LOWEST))
+    p = jnp.where(see, jnp.exp(s - m_t[..., None]), 0)
+    fade = jnp.where(keep, jnp.exp(m[..., None] - m_t), 0)
+    u_t = p.sum(-1) + fade * u[..., None]
+    w_t = _dot("bgrts,bsgv->bgrtv", p, v.astype(m.dtype)) + fade[..., None] * w[..., None, :]
+    return s, p, fade, (m_t, u_t, w_t)
+
+
+def _dot(equation, x, y):
+    return jnp.einsum(equation, x, y, precision="highest")
+
+
+def _scaled(q, scale, groups, dtype):
+    return scale * rearrange(q.astype(dtype), "(g r) k -> g r k", g=groups)
+
+
+def _grouped(state, groups):
+    return jax.tree.map(lambda x: rearrange(x, "b (g r) ... -> b g r ...", g=groups), state)
+
+
+def _ungrouped(state):
+    return jax.tree.map(lambda x: rearrange(x, "b g r ... -> b (g r) ..."), state)
+
+
+def _split(x, chunk):
+    """(B, T, ...) -> (chunks, B, chunk, ...), the last chunk filled with zeros."""
+    rest = -x.shape[1] % chunk
+    if rest:
+        x = jnp.pad(x, [(0, rest if axis == 1 else 0) for axis in range(x.ndim)])
+    return rearrange(x, "b (n c) ... -> n b c ...", c=chunk)
+
+
+def _tokens(k, v, reset, chunk):
+    """Chunks of (k, v, reset, whether the token is there)."""
+    reset = None if reset is None else _split(reset, chunk)
+    real = _split(jnp.ones((1, k.shape[1]), bool), chunk)[:, 0]
+    return _split(k, chunk), _split(v, chunk), reset, real

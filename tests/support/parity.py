@@ -1,0 +1,116 @@
+"""A language model of another code base beside ours: same weights, then every number it stored.
+
+A case is a folder with config.json, model.safetensors, inputs, expected, grads and states (npz),
+recorded in float32. `translate` maps a dict of its weights to our names by layer; it only splits,
+transposes and renames, so it maps their gradients as well.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from scanax.models import LM, LMConfig, by_layer, from_layers, merge, split
+from support.compare import close
+
+CASES = Path(__file__).parents[1] / "parity"
+PREFILL = 21
+
+
+def config_of(name: str) -> dict:
+    return json.loads((CASES / name / "config.json").read_text())
+
+
+class Case:
+    """Our model with the case's weights, its jitted calls, and the numbers to meet."""
+
+    def __init__(self, name: str, config: LMConfig, translate: Callable[[dict], dict]):
+        folder = CASES / name
+        self.expected, self.states = (
+            np.load(folder / "expected.npz"),
+            np.load(folder / "states.npz"),
+        )
+        inputs = np.load(folder / "inputs.npz")
+        self.tokens = jnp.asarray(inputs["input_ids"], jnp.int32)
+        labels = jnp.asarray(inputs["labels"][:, 1:], jnp.int32)
+        self.config = config
+        graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
+        weights = translate(load_file(folder / "model.safetensors"))
+        shapes = {path: leaf.shape for path, leaf in by_layer(config, params).items()}
+        assert shapes == {path: leaf.shape for path, leaf in weights.items()}
+        self.params = from_layers(config, jax.tree.map(jnp.asarray, weights))
+        self.grads = translate(dict(np.load(folder / "grads.npz")))
+
+        def loss(params):
+            model = merge(graphdef, params, rest)
+            logits, _ = model(self.tokens)
+            nll, _, _ = model.nll(self.tokens[:, :-1], jnp.maximum(labels, 0))
+            return jnp.sum(nll * (labels >= 0)) / jnp.sum(labels >= 0), logits
+
+        self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        model = merge(graphdef, self.params, rest)
+        self.empty = model.init_state(2, 48)
+        step = jax.jit(
+            lambda p, tokens, state, reset: merge(graphdef, p, rest)(tokens, state, reset)
+        )
+        self.step = lambda tokens, state, reset: step(self.params, tokens, state, reset)
+
+    def check_logits_loss_and_gradients(self, logits_bar: float, gradient_bar: float) -> None:
+        (loss, logits), grads = self.loss(self.params)
+        close(loss, self.expected["loss"], 1e-6)
+        for name in ("logits", "logits_fp64"):
+            close(logits, self.expected[name], logits_bar)
+        grads = by_layer(self.config, grads)
+        assert grads.keys() == self.grads.keys()
+        for name, grad in grads.items():
+            close({name: grad}, {name: self.grads[name]}, gradient_bar)
+
+    def check_prefill_then_steps(self, state_of: Callable[[dict, int], list], bar: float) -> None:
+        """`state_of(stored, tokens)` maps the stored states to ours, one pair a layer."""
+        none = jnp.zeros(self.tokens.shape, bool)
+        logits, after, final = self._stream(none)
+        close(logits, self.expected["logits_fp64"], bar)
+        for when, state, count in (("prefill", after, PREFILL), ("final", final, 37)):
+            stored = {
+                name.removeprefix(f"{when}."): self.states[name]
+                for name in self.states
+                if name.startswith(f"{when}.")
+            }
+            for layer, ours in enumerate(state):
+                prefix = f"l{layer}."
+                one = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}
+                for actual, desired in state_of(one, ours, count):
+                    close(actual, desired, bar)
+
+    def check_left_padding(self, bar: float) -> None:
+        """Row 0 begins at its sixth token; row 1 has no padding."""
+        reset = jnp.zeros(self.tokens.shape, bool).at[0, 5].set(True).at[1, 0].set(True)
+        logits, _, _ = self._stream(reset)
+        expected = self.expected["logits_leftpad5_row0"]
+        close(logits[0, 5:], expected[0, 5:], bar)
+        close(logits[1], expected[1], bar)
+
+    def check_greedy(self) -> None:
+        expected = self.expected["greedy_cached"]
+        ids = jnp.asarray(expected[:, :PREFILL], jnp.int32)
+        new, state, reset = ids, self.empty, jnp.zeros(ids.shape, bool)
+        while ids.shape[1] < expected.shape[1]:
+            logits, state = self.step(new, state, reset)
+            new, reset = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), reset[:, :1]
+            ids = jnp.concatenate([ids, new], axis=1)
+        np.testing.assert_array_equal(ids, expected)
+
+    def _stream(self, reset):
+        """Logits of a prefill and steps, and the states after the prefill and at the end."""
+        tokens = self.tokens
+        logits, state = self.step(tokens[:, :PREFILL], self.empty, reset[:, :PREFILL])
+        outputs, after = [logits], state
+        for t in range(PREFILL, tokens.shape[1]):
+            logits, state = self.step(tokens[:, t : t + 1], state, reset[:, t : t + 1])
+            outputs.append(logits)
+        return jnp.concatenate(outputs, axis=1), after, state
