@@ -88,7 +88,9 @@ def visible(q, k, causal, window, reset, q_index, q_start):
 def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
     """Raise a ValueError that names the first argument that does not fit."""
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} differ in batch, length or heads")
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} differ in batch, length or heads"
+        )
     if q.shape[1] == 0 or k.shape[1] == 0:
         raise ValueError(f"q {q.shape} and k {k.shape}: at least one token is needed in each")
     if q.shape[3] != k.shape[3]:
@@ -109,9 +111,11 @@ def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
             raise ValueError(f"{name} has shape {x.shape}, not {shape}")
     same = q.shape[1] == k.shape[1] and kv_index is None
     if reset is not None and not (same and q_index is None and q_start is None):
-        raise ValueError("reset goes with as many queries as keys and without q_index, q_start, kv_index")
+        raise ValueError(
+            "reset goes with as many queries as keys and without q_index, q_start, kv_index"
+        )
     if (causal or window is not None) and not same and q_index is None:
         raise ValueError(
-            f"{q.shape[1]} queries and {k.shape[1]} keys (kv_index {'not ' * (kv_index is None)}given): "
-            "a causal or windowed call needs q_index, each query's index among the keys"
+            f"a causal or windowed call with {q.shape[1]} queries, {k.shape[1]} keys and "
+            f"kv_index {'not ' * (kv_index is None)}given needs q_index, where queries stand among keys"
         )

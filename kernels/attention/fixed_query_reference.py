@@ -1,4 +1,4 @@
-"""Fixed-query attention as the monoid says it: lift every token, scan, read. T V elements a head."""
+"""Fixed-query attention as the monoid says it: lift each token, scan, read. T V elements a head."""
 
 import jax
 import jax.numpy as jnp

@@ -3,8 +3,9 @@
 A tile of scores is (B, G, R, T, S): R query heads read one group of keys, so that no key is copied.
 Loops run from the first to the last tile that the masks let through.
 
-Non-finite numbers reach what the masks let them reach and nothing else: a tile is masked by `where`,
-a product whose result keeps the masked axis reads bad rows as nan, one that sums over it as zeros.
+Non-finite numbers reach what the masks let them reach and nothing else. Tiles are masked by
+`where`; a product whose result is masked reads a row that holds such numbers as nan, and a product
+that sums over the masked axis reads it as zeros.
 """
 
 from functools import partial
@@ -15,24 +16,25 @@ from einops import rearrange
 
 from ..monoid import LOWEST
 
-BLOCK = 256  # fastest of 64 to 512 on one CPU core at T=2048, K=V=64
+BLOCK = 256  # the fastest of 64, 128, 256, 512 on one CPU core at T=2048, K=V=64
 END = jnp.iinfo(jnp.int32).max
 
 
 def attention(q, k, v, first, last, kv_index, scale, block):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    return _attention(q, k, v, first, last, kv_index, scale, BLOCK if block is None else block)
+    sizes = _even(q.shape[1], block or BLOCK), _even(k.shape[1], block or BLOCK)
+    return _attention(q, k, v, first, last, kv_index, scale, sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, first, last, kv_index, scale, block):
-    return _forward(q, k, v, first, last, kv_index, scale, block)[0]
+def _attention(q, k, v, first, last, kv_index, scale, sizes):
+    return _forward(q, k, v, first, last, kv_index, scale, sizes)[0]
 
 
-def _forward(q, k, v, first, last, kv_index, scale, block):
+def _forward(q, k, v, first, last, kv_index, scale, sizes):
     exact = jnp.promote_types(jnp.float32, q.dtype)
-    keys, extent = _keys(k, v, kv_index, block)
-    interval, _ = _intervals(first, last, block)
+    keys, extent = _keys(k, v, kv_index, sizes[1])
+    interval, _ = _intervals(first, last, sizes[0])
 
     def row(query):
         q, first, last = query
@@ -52,15 +54,14 @@ def _forward(q, k, v, first, last, kv_index, scale, block):
         empty = m, jnp.zeros_like(m), jnp.zeros((*m.shape, v.shape[3]), exact)
         span = _span(*extent, first.min(-1), last.max(-1))
         m, u, w = jax.lax.fori_loop(*span, column, empty)
-        y = jnp.where(u[..., None] == 0, 0, w / u[..., None])
-        return y.astype(q.dtype), m + jnp.log(u)
+        return jnp.where(u[..., None] == 0, 0, w / u[..., None]), m + jnp.log(u)
 
-    y, lse = jax.lax.map(row, (_heads(q, k.shape[2], block), *interval))
-    y, lse = _join(y, q.shape[1]), _join(lse, q.shape[1])
+    y, lse = jax.lax.map(row, (_heads(q, k.shape[2], sizes[0]), *interval))
+    y, lse = _join(y, q.shape[1]).astype(q.dtype), _join(lse, q.shape[1])
     return (y, lse), (q, k, v, first, last, kv_index, y, lse)
 
 
-def _backward(scale, block, residuals, cotangents):
+def _backward(scale, sizes, residuals, cotangents):
     """dS = P (dP - (dy . y - dlse)): once by rows of tiles for dq, once by columns for dk and dv.
 
     Two passes, since adding to a shared dq from columns that run at once would have no fixed order.
@@ -68,12 +69,14 @@ def _backward(scale, block, residuals, cotangents):
     q, k, v, first, last, kv_index, y, lse = residuals
     dy, dlse = cotangents
     exact, groups = lse.dtype, k.shape[2]
-    term = jnp.einsum("bthv,bthv->bth", dy.astype(exact), y.astype(exact), precision="highest") - dlse
+    term = (
+        jnp.einsum("bthv,bthv->bth", dy.astype(exact), y.astype(exact), precision="highest") - dlse
+    )
     bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(term))[..., None]
     sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, term
-    queries = *(_heads(x, groups, block) for x in sides),
-    keys, key_extent = _keys(k, v, kv_index, block)
-    interval, query_extent = _intervals(first, last, block)
+    queries = (*(_heads(x, groups, sizes[0]) for x in sides),)
+    keys, key_extent = _keys(k, v, kv_index, sizes[1])
+    interval, query_extent = _intervals(first, last, sizes[0])
 
     def tile(query, key):
         """The weights of one tile and the gradient to its scores, 0 where hidden."""
@@ -126,6 +129,11 @@ def _see(first, last, index):
     return see[:, None, None]
 
 
+def _even(length, block):
+    """The size of the fewest tiles of at most `block`, as equal as they can be."""
+    return -(-length // -(-length // block))
+
+
 def _cut(x, block, fill=0):
     """(B, T, ...) -> (tiles, B, block, ...), the last tile filled up."""
     rest = -x.shape[1] % block
@@ -137,7 +145,6 @@ def _cut(x, block, fill=0):
 
 def _heads(x, groups, block):
     """(B, T, H, ...) -> (tiles, B, G, R, block, ...)."""
-    block = min(block, x.shape[1])
     return rearrange(_cut(x, block), "n b t (g r) ... -> n b g r t ...", g=groups)
 
 
@@ -147,17 +154,16 @@ def _join(x, length):
 
 
 def _keys(k, v, index, block):
-    """Tiles of (k with bad rows nan, k with bad rows 0, v with bad rows 0, index), their extents."""
+    """Tiles of (k, bad rows nan; k, bad rows 0; v, bad rows 0; index), and their extents."""
     bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))[..., None]
     sides = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, k), jnp.where(bad, 0, v)
-    index = _cut(index, min(block, index.shape[1]), -1)
+    index = _cut(index, block, -1)
     tiles = *(_heads(x, k.shape[2], block)[:, :, :, 0] for x in sides), index
     return tiles, _extent(index)
 
 
 def _intervals(first, last, block):
     """Tiles of the queries' intervals, those of the filling empty, and their extents."""
-    block = min(block, first.shape[1])
     first, last = _cut(first, block, END), _cut(last, block, -1)
     return (first, last), (first.min(-1), last.max(-1))
 

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..dispatch import Implementation, call
-from ..documents import isolate
 from . import reference, xla
 
 IMPLEMENTATIONS = {
@@ -12,7 +11,6 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.selective_scan),
     "associative": Implementation(reference.selective_scan_associative),
 }
-ISOLATED = {"xla"}
 
 
 def selective_scan(
@@ -28,11 +26,11 @@ def selective_scan(
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = h_t C_t + D u_t  (Mamba, arXiv:2312.00752).
+    """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = h_t C_t + D u_t.
 
-    `delta` is the step after softplus (not negative), A is not positive. `state` is h before the
-    first token (zero if None); `reset` marks tokens before which it is forgotten. `chunk` is the
-    number of tokens a chunked implementation takes at a time.
+    Mamba (arXiv:2312.00752). `delta` is the step after softplus (not negative), A is not positive.
+    `state` is h before the first token (zero if None); `reset` marks tokens before which it is
+    forgotten. `chunk` is the number of tokens a chunked implementation takes at a time.
 
     Returns y in the dtype of u and the state after the last token in at least float32. Raises
     ValueError for shapes that do not fit, NotImplementedError for an implementation that does not
@@ -43,18 +41,8 @@ def selective_scan(
     A = A.astype(exact)
     D = jnp.zeros(u.shape[2], exact) if D is None else D.astype(exact)
     state = jnp.zeros((u.shape[0], *A.shape), exact) if state is None else state.astype(exact)
-
-    def run(tokens, shared, state, reset):
-        u, delta, B, C = tokens
-        A, D = shared
-        return call(
-            "selective_scan", IMPLEMENTATIONS, implementation, u, delta, A, B, C, D, state, reset, chunk
-        )
-
-    tokens, shared = (u, delta, B, C), (A, D)
-    if reset is None or implementation in IMPLEMENTATIONS.keys() - ISOLATED:
-        return run(tokens, shared, state, reset)
-    return isolate(run, tokens, shared, state, reset)
+    arguments = u, delta, A, B, C, D, state, reset, chunk
+    return call("selective_scan", IMPLEMENTATIONS, implementation, *arguments)
 
 
 def check(u, delta, A, B, C, D, state, reset, chunk):

@@ -2,13 +2,15 @@
 
 With a = exp(delta A) and lam the gradient of the loss to h after a token, the backward is
 
-    lam_t = a_{t+1} lam_{t+1} + dy_t C_t        dC_t = sum_d dy_t h_t      dB_t = sum_d lam_t delta_t u_t
-    d(delta A)_t = lam_t a_t h_{t-1}            d(delta u)_t = sum_n lam_t B_t
+    lam_t = a_{t+1} lam_{t+1} + dy_t C_t        d(delta A)_t = lam_t a_t h_{t-1}
+    d(delta u)_t = sum_n lam_t B_t              dB_t = sum_d lam_t (delta u)_t
+    dC_t = sum_d dy_t h_t
 
-run from the last token to the first, after each chunk's states are computed a second time. At least
-3 B T D N exponentials (one forward, two backward) and 10 passes over u-sized arrays. Both loops go
-token by token: on a CPU one token's state stays in cache, and the sums over D are small matmuls. The
-state is laid out (B, N, D), so that the sum over N is over rows.
+from the last token to the first, once each chunk's states have been computed a second time. Every
+loop goes token by token: on a CPU one token's state stays in cache. It is laid out (B, N, D), so
+that sums over N add rows and sums over D are small matmuls. A document's first token takes nothing
+from the state before it and passes nothing back, not even a nan, so that no further isolation of
+packed documents is needed.
 """
 
 from functools import partial
@@ -16,11 +18,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-CHUNK = 32  # 16 to 64 take the same time; B T D N / chunk numbers are kept
+CHUNK = 32  # 16 to 64 take the same time on a CPU
 
 
 def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
-    """The recurrence; memory for gradients is that of one state a chunk and `chunk` states more."""
+    """The recurrence; for gradients it keeps one state a chunk, makes `chunk` more at a time."""
     time = u.shape[1]
     chunk = min(chunk or CHUNK, time)
     tokens = u, delta, B, C, reset
@@ -36,7 +38,7 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(chunk, tokens, A, D, state):
-    """tokens = u, delta (B, T, D), B, C (B, T, N), reset (B, T) or None; A (N, D); state (B, N, D)."""
+    """u, delta (B, T, D), B, C (B, T, N), reset (B, T) or None; A (N, D), state (B, N, D)."""
     return _forward(chunk, tokens, A, D, state)[0]
 
 

@@ -1,0 +1,81 @@
+"""Text to token numbers and back: bytes by default, a Hugging Face tokenizer.json by path."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """One token a byte of UTF-8. No special tokens: 256 numbers, and every text has an encoding."""
+
+    vocab: int = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """Each text's tokens, and how many of its bytes come after its first token."""
+        tokens = [self.encode(text) for text in texts]
+        return tokens, [max(len(t) - 1, 0) for t in tokens]
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of these bytes; a character cut in two shows as a replacement mark."""
+        return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerJson:
+    """A tokenizer.json, read by the package `tokenizers`. Special tokens are never added."""
+
+    path: str
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        if not Path(self.path).is_file():
+            raise ValueError(f"tokenizer {self.path}: no such file (a tokenizer.json is expected)")
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                f"tokenizer {self.path} needs the package tokenizers: pip install 'scanax[text]'"
+            ) from None
+        try:
+            return tokenizers.Tokenizer.from_file(self.path)
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ValueError(f"tokenizer {self.path} is not a tokenizer.json: {error}") from None
+
+    @functools.cached_property
+    def vocab(self) -> int:
+        # A vocabulary may have holes: what the embedding needs is the largest number plus one.
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:
+        """Each text's tokens, and how many of its bytes come after its first token."""
+        tokens, sizes = [], []
+        batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, batch, strict=True):
+            tokens.append(np.asarray(encoding.ids, np.int32))
+            first = encoding.offsets[0][1] if encoding.ids else len(text)
+            sizes.append(len(text[first:].encode("utf-8")))
+        return tokens, sizes
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+
+def load(path: str | None) -> Bytes | TokenizerJson:
+    """The byte tokeniser for None, else the tokenizer.json at `path`, read and checked now."""
+    if path is None:
+        return Bytes()
+    tokenizer = TokenizerJson(path)
+    if tokenizer.vocab < 1:
+        raise ValueError(f"tokenizer {path} has no tokens")
+    return tokenizer
