@@ -1,0 +1,104 @@
+"""Linear attention against other code's numbers, and what it says of wrong arguments."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scanax.kernels import dispatch, linear_attention
+from support.compare import close
+
+CASES = Path(__file__).parents[1] / "parity"
+
+
+def arrays(case, name):
+    return {k: jnp.asarray(v) for k, v in np.load(CASES / case / f"{name}.npz").items()}
+
+
+def run(q, k, v, log_decay, state=None):
+    """The cases of fla scale the queries; here that is the layer's business."""
+    return linear_attention(q * q.shape[-1] ** -0.5, k, v, log_decay, state=state)
+
+
+@pytest.mark.parametrize(("case", "decay"), [("op_gla", "gk"), ("op_simple_gla", "g")])
+def test_gated_linear_attention_of_fla(case, decay):
+    inputs, expected, grads = (arrays(case, n) for n in ("inputs", "expected", "grads"))
+    names = ("q", "k", "v", decay, "initial_state")
+    out, pull = jax.vjp(run, *(jnp.asarray(inputs[n]) for n in names))
+    close(out, (expected["o"], expected["final_state"]), 2e-6)
+    close(pull((inputs["ct"], inputs["cs"])), tuple(grads[f"d{n}"] for n in names), 1e-5)
+
+
+def test_retention_of_fla():
+    inputs, expected = arrays("op_retention", "inputs"), arrays("op_retention", "expected")
+    out = run(**inputs)
+    close(out, (expected["o"], expected["final_state"]), 2e-6)
+    close(out[0], expected["o_recurrent"], 2e-6)
+    constant = run(**inputs | {"log_decay": inputs["log_decay"][0, 0]})
+    close(constant, (expected["o"], expected["final_state"]), 2e-6)
+
+
+def test_lightning_attention():
+    inputs, expected, grads = (
+        arrays("op_lightning_attn", n) for n in ("inputs", "expected", "grads")
+    )
+    q, k, v, ct = (inputs[n].swapaxes(1, 2) for n in ("q", "k", "v", "ct"))
+    slopes = inputs["slopes"].reshape(-1)
+    (y, state), pull = jax.vjp(lambda *x: linear_attention(*x, -slopes), q, k, v)
+    close(y.swapaxes(1, 2), expected["o"], 2e-6)
+    close(state, expected["final_state"], 2e-6)
+    got = (d.swapaxes(1, 2) for d in pull((ct, jnp.zeros_like(state))))
+    close(tuple(got), tuple(grads[n] for n in ("dq", "dk", "dv")), 1e-5)
+    close(
+        linear_attention(q, k, v, jnp.zeros_like(slopes))[0].swapaxes(1, 2),
+        expected["o_no_decay"],
+        2e-6,
+    )
+
+
+def test_memory_is_one_state_a_chunk():
+    """The backward keeps T / chunk states, and no T x T or T states beside its inputs."""
+    B, T, H, K = 1, 4096, 2, 64
+    x = jax.ShapeDtypeStruct((B, T, H, K), jnp.float32)
+
+    def loss(q, k, v, g):
+        return linear_attention(q, k, v, g, chunk=64)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, x, x, x).compile()
+    one_array, states = 4 * B * T * H * K, 4 * B * (T // 64) * H * K * K
+    # Inputs and gradients laid out by chunk, y and its cotangent, and the states.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 11 * one_array + 2 * states
+
+
+def arguments(**change):
+    x = jnp.zeros((2, 6, 4, 3), jnp.float32)
+    return {"q": x, "k": x, "v": x, "log_decay": jnp.zeros(4, jnp.float32)} | change
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": np.zeros((2, 5, 4, 3))}, r"differ in batch or length"),
+        ({"k": np.zeros((2, 6, 4, 2))}, r"q has 3 features and k 2"),
+        ({"v": np.zeros((2, 6, 3, 3))}, r"v has 3 heads, which does not divide 4"),
+        ({"log_decay": np.zeros((2, 6, 4, 2))}, r"log_decay has shape \(2, 6, 4, 2\)"),
+        ({"state": np.zeros((2, 4, 3, 2))}, r"state has shape \(2, 4, 3, 2\), not \(2, 4, 3, 3\)"),
+        ({"reset": np.zeros((2, 5), bool)}, r"reset has shape \(2, 5\), not \(2, 6\)"),
+        ({"chunk": 0}, r"chunk=0; it must be at least 1"),
+        (dict.fromkeys("qkv", np.zeros((2, 0, 4, 3))), r"holds no token"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**arguments(**change))
+
+
+def test_an_implementation_is_named_or_refused():
+    with pytest.raises(NotImplementedError, match="no implementation 'cuda'; it has xla"):
+        linear_attention(**arguments(), implementation="cuda")
+    with dispatch.record() as ran:
+        linear_attention(**arguments())
+        linear_attention(**arguments(), implementation="reference")
+    assert ran == [("linear_attention", "xla"), ("linear_attention", "reference")]
