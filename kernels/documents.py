@@ -67,7 +67,7 @@ def _forward(op, tokens, shared, state, reset):
     bad = _unsound(tokens, reset.shape)
     state_bad = _unsound(state, reset.shape[:1])
     tainted = _reached(bad.at[:, 0].max(state_bad & ~reset[:, 0]), reset)
-    clean = _put(tokens, bad, 0), shared, _put(state, state_bad, 0)
+    clean = _put(tokens, bad, 0.0), shared, _put(state, state_bad, 0.0)
     (outputs, final), pull = jax.vjp(lambda *args: op(*args, reset), *clean)
     result = _put(outputs, tainted, jnp.nan), _put(final, tainted[:, -1], jnp.nan)
     return result, (pull, tainted, reset)
@@ -78,7 +78,7 @@ def _backward(op, residuals, cotangents):
     outputs, final = cotangents
     bad, final_bad = _unsound(outputs, reset.shape), _unsound(final, reset.shape[:1])
     bad = (bad | tainted).at[:, -1].max(final_bad)
-    tokens, shared, state = pull((_put(outputs, bad, 0), _put(final, final_bad, 0)))
+    tokens, shared, state = pull((_put(outputs, bad, 0.0), _put(final, final_bad, 0.0)))
     document = _reached(bad, reset) | _reached(bad, reset, reverse=True)
     first = document[:, 0] & ~reset[:, 0]
     return (

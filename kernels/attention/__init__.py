@@ -116,6 +116,6 @@ def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
         )
     if (causal or window is not None) and not same and q_index is None:
         raise ValueError(
-            f"a causal or windowed call with {q.shape[1]} queries, {k.shape[1]} keys and "
-            f"kv_index {'not ' * (kv_index is None)}given needs q_index, where queries stand among keys"
+            f"a causal or windowed call with {q.shape[1]} queries and {k.shape[1]} keys, kv_index "
+            f"{'not ' * (kv_index is None)}given, needs q_index: where the queries stand"
         )

@@ -3,7 +3,7 @@
 With m_t the maximum so far and P_ts = e^(s_s - m_t) over the pairs s <= t of one document,
     u_t = sum_s P_ts + e^(m - m_t) u,   w_t = sum_s P_ts v_s + e^(m - m_t) w,   y_t = w_t / u_t.
 The backward is the transposed recurrence, with exponents that are never positive either: from
-dw_t = dy_t / u_t and du_t = -dw_t . y_t,
+dw_t = dy_t / u_t, du_t = -dw_t . y_t and the cotangents of the last state,
     dv_s = sum_t P_ts dw_t,   ds_s = sum_t P_ts (dw_t . v_s + du_t),
 and a chunk sends to those before it the cotangents of a state, sum_t e^(m - m_t) (du_t, dw_t).
 """
@@ -46,20 +46,19 @@ def _forward(q, k, v, state, reset, scale, chunk):
 
 
 def _backward(scale, chunk, residuals, cotangents):
-    q, k, v, reset, starts, (_, u, w) = residuals
-    exact, groups = u.dtype, k.shape[2]
+    q, k, v, reset, starts, final = residuals
+    exact, groups = final[0].dtype, k.shape[2]
     scaled = _scaled(q, scale, groups, exact)
-    dm, du, dw = _grouped(cotangents[1], groups)
 
     def body(carry, x):
-        (dtop, du, dw, dq), (tokens, state, dy) = carry, x
+        (dtop, dmass, dw, dq), (tokens, state, dy) = carry, x
         s, p, fade, (m_t, u_t, w_t) = _chunk(scaled, tokens, state)
-        dy = rearrange(dy, "b c (g r) v -> b g r c v", g=groups)
-        dw_t = dy / u_t[..., None]
-        du_t = -(dw_t * w_t).sum(-1) / u_t
-        du_t, dw_t = du_t.at[..., -1].add(du), dw_t.at[..., -1, :].add(dw)
+        y = w_t / u_t[..., None]
+        dw_t = rearrange(dy, "b c (g r) v -> b g r c v", g=groups) / u_t[..., None]
+        dw_t = dw_t.at[..., -1, :].add(dw)
+        dmass_t = jnp.zeros_like(u_t).at[..., -1].set(dmass)
 
-        ds = _dot("bgrtv,bsgv->bgrts", dw_t, tokens[1]) + du_t[..., None]
+        ds = _dot("bgrtv,bsgv->bgrts", dw_t, tokens[1]) + (dmass_t - (dw_t * y).sum(-1))[..., None]
         ds = (p * ds).sum(-2)
         # The maximum came in with the state or is the score of a token. Where several are equal,
         # each takes half of what those after it leave, as the token recurrence has it.
@@ -73,24 +72,23 @@ def _backward(scale, chunk, residuals, cotangents):
         dv = _dot("bgrts,bgrtv->bsgv", p, dw_t)
         dk = _dot("bgrc,grk->bcgk", ds, scaled)
         dq = dq + _dot("bgrc,bcgk->grk", ds, tokens[0])
-        du, dw = (fade * du_t).sum(-1), _dot("bgrt,bgrtv->bgrv", fade, dw_t)
-        return (dtop, du, dw, dq), (dk, dv)
+        dmass = (fade * (dmass_t + (dw_t * (_mean(state)[..., None, :] - y)).sum(-1))).sum(-1)
+        return (dtop, dmass, _dot("bgrt,bgrtv->bgrv", fade, dw_t), dq), (dk, dv)
 
-    # What the state's reader sees of its maximum besides through u and w, which follow it.
-    dtop = dm - du * u - (dw * w).sum(-1)
+    # Between chunks du goes as dmass = du + dw . w / u: a sum of dw_t . (w / u - y_t), which keeps
+    # its digits where the state outweighs what follows. dtop is what a reader of the state sees of
+    # its maximum besides through u and w, which follow it.
+    dm, du, dw = _grouped(cotangents[1], groups)
+    dmass = du + (dw * _mean(final)).sum(-1)
+    carry = dm - final[1] * dmass, dmass, dw, jnp.zeros_like(scaled)
     inputs = _tokens(k, v, reset, chunk, exact), starts, _split(cotangents[0].astype(exact), chunk)
-    carry = dtop, du, dw, jnp.zeros_like(scaled)
-    (dtop, du, dw, dq), tokens = jax.lax.scan(body, carry, inputs, reverse=True)
+    (dtop, dmass, dw, dq), tokens = jax.lax.scan(body, carry, inputs, reverse=True)
+    state = jax.tree.map(lambda x: x[0], starts)
+    du = dmass - (dw * _mean(state)).sum(-1)
+    state = _ungrouped((dtop + state[1] * dmass, du, dw))
     dk, dv = (rearrange(x, "n b c ... -> b (n c) ...")[:, : k.shape[1]] for x in tokens)
-    _, u, w = jax.tree.map(lambda x: x[0], starts)
-    state = _ungrouped((dtop + du * u + (dw * w).sum(-1), du, dw))
-    return (
-        (scale * dq).reshape(q.shape).astype(q.dtype),
-        dk.astype(k.dtype),
-        dv.astype(v.dtype),
-        state,
-        None,
-    )
+    dq = scale * rearrange(dq, "g r k -> (g r) k")
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), state, None
 
 
 _fixed_query.defvjp(_forward, _backward)
@@ -112,6 +110,12 @@ def _chunk(scaled, tokens, state):
     u_t = p.sum(-1) + fade * u[..., None]
     w_t = _dot("bgrts,bsgv->bgrtv", p, v) + fade[..., None] * w[..., None, :]
     return s, p, fade, (m_t, u_t, w_t)
+
+
+def _mean(state):
+    """w / u, and 0 of a state of nothing."""
+    _, u, w = state
+    return jnp.where(u[..., None] == 0, 0, w / u[..., None])
 
 
 def _dot(equation, x, y):

@@ -1,4 +1,4 @@
-"""How two trees of arrays are compared, everywhere: error relative to the tensor's largest value."""
+"""How all tests compare trees of arrays: error relative to the tensor's largest value."""
 
 from typing import Any
 

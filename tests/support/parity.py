@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
-
 from scanax.models import LM, LMConfig, by_layer, from_layers, merge, split
 from support.compare import close
 

@@ -1,0 +1,43 @@
+"""Sequence mixers, channel mixers and norms: parameters around one kernel call each.
+
+Every mixer is `y, state = mixer(x, state=None, reset=None)` with `mixer.init_state(batch,
+max_length, dtype)`: the same call trains, prefills, streams and, with T = 1, decodes.
+"""
+
+from .aaren import Aaren, AarenConfig
+from .attention import Attention, AttentionConfig
+from .constant import Constant
+from .conv import ShortConv
+from .gla import GLA, GLAConfig
+from .lightning import Lightning, LightningConfig
+from .mamba import Mamba, MambaConfig
+from .mamba2 import Mamba2, Mamba2Config
+from .mlp import GELU, GLU, MLPConfig, SwiGLU
+from .norm import LayerNorm, RMSNorm, SimpleRMSNorm
+from .retention import Retention, RetentionConfig
+
+__all__ = [
+    "GELU",
+    "GLA",
+    "GLU",
+    "Aaren",
+    "AarenConfig",
+    "Attention",
+    "AttentionConfig",
+    "Constant",
+    "GLAConfig",
+    "LayerNorm",
+    "Lightning",
+    "LightningConfig",
+    "MLPConfig",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Config",
+    "MambaConfig",
+    "RMSNorm",
+    "Retention",
+    "RetentionConfig",
+    "ShortConv",
+    "SimpleRMSNorm",
+    "SwiGLU",
+]

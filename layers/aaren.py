@@ -1,0 +1,88 @@
+"""Aaren: attention whose query is learned, so that it is a recurrence  (arXiv:2405.13956)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from ..kernels.attention import fixed_query
+from ..kernels.monoid import LOWEST
+
+State = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AarenConfig:
+    """Aaren (arXiv:2405.13956)."""
+
+    heads: int = 4
+    """Heads; each has width / heads features."""
+    bias: bool = False
+    """Biases in the projections."""
+    init_std: float = 0.02
+    """Initial standard deviation of the kernels; of the output's, this over sqrt(2 layers)."""
+
+
+class Aaren(nnx.Module):
+    """y_t = W sum_{i<=t} softmax_i(q . k_i / sqrt(head width)) v_i, one q for all tokens.
+
+    q is the projection of a learned token, which starts as a draw from a unit normal.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: AarenConfig = AarenConfig(),
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del layer
+        if width % config.heads:
+            raise ValueError(f"width={width} does not divide into heads={config.heads}")
+        self.heads, self.head_width, self.dtype = (config.heads, width // config.heads, dtype)
+
+        def linear(gain=1.0):
+            return nnx.Linear(
+                width,
+                width,
+                use_bias=config.bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision="highest",
+                kernel_init=nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform"),
+                rngs=rngs,
+            )
+
+        self.token = nnx.Param(rngs.params.normal((width,), param_dtype))
+        self.q, self.k, self.v = linear(), linear(), linear()
+        self.out = linear((2 * layers) ** -0.5)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T W"],
+        state: State | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], State]:
+        q = rearrange(self.q(self.token[...]), "(h k) -> h k", h=self.heads)
+        k, v = (rearrange(f(x), "b t (h k) -> b t h k", h=self.heads) for f in (self.k, self.v))
+        carried = None if state is None else (state["m"], state["u"], state["w"])
+        y, (m, u, w) = fixed_query(q, k, v, state=carried, reset=reset)
+        return self.out(rearrange(y, "b t h v -> b t (h v)")), {"m": m, "u": u, "w": w}
+
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
+        """The state before any token; its size does not depend on `max_length`."""
+        del max_length, dtype
+        exact = jnp.promote_types(jnp.float32, self.dtype)
+        none = jnp.zeros((batch, self.heads), exact)
+        return {
+            "m": jnp.full_like(none, LOWEST),
+            "u": none,
+            "w": jnp.zeros((batch, self.heads, self.head_width), exact),
+        }

@@ -1,0 +1,138 @@
+"""Softmax attention with rotary positions, grouped keys and a cache  (arXiv:1706.03762)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from ..kernels.attention import attention
+from . import cache
+from .position import positions, rotary_angles, rotary_frequencies, rotate_half
+
+State = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention, with grouped keys and values and a sliding window as options."""
+
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key and value heads, which divide the query heads; as many as those if None."""
+    head_width: int | None = None
+    """Features of one head; width / heads if None."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; all before it in its document if None."""
+    rope_base: float | None = 10000.0
+    """Base of the rotary frequencies; no positions if None."""
+    bias: bool = False
+    """Biases in the projections of q, k and v."""
+    out_bias: bool = False
+    """A bias in the output projection."""
+    init_std: float = 0.02
+    """Initial standard deviation of the kernels; of the output's, this over sqrt(2 layers)."""
+
+
+class Attention(nnx.Module):
+    """y_t = W sum_s softmax_s(q_t . k_s / sqrt(head_width)) v_s over the document so far.
+
+    `init_state` makes a ring of `max_length` tokens, or of `window` where that is less: new tokens
+    take the places of the oldest. A query whose document (or window) reaches back to a token that
+    is gone returns nan, because a compiled function cannot raise; so `max_length` must be at
+    least the length of the longest document, not counting padding before its reset.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: AttentionConfig = AttentionConfig(),
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del layer
+        heads = config.heads
+        kv_heads = heads if config.kv_heads is None else config.kv_heads
+        if config.head_width is None and width % heads:
+            raise ValueError(f"width={width} does not divide into heads={heads}; set head_width")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
+        if config.window is not None and config.window < 1:
+            raise ValueError(f"window={config.window}; it must be at least 1")
+        self.head_width = config.head_width or width // heads
+        if config.rope_base is not None and self.head_width % 2:
+            raise ValueError(f"head width {self.head_width} with rotary positions; it must be even")
+        self.config, self.dtype, self.kv_heads = config, dtype, kv_heads
+
+        def linear(din, dout, bias, gain=1.0):
+            init = nnx.initializers.normal(gain * config.init_std)
+            return nnx.Linear(
+                din,
+                dout,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision="highest",
+                kernel_init=init,
+                rngs=rngs,
+            )
+
+        inner, shared = heads * self.head_width, kv_heads * self.head_width
+        self.q = linear(width, inner, config.bias)
+        self.k, self.v = (linear(width, shared, config.bias), linear(width, shared, config.bias))
+        self.out = linear(inner, width, config.out_bias, (2 * layers) ** -0.5)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T W"],
+        state: State | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], State | None]:
+        start = None if state is None else state["length"] - state["start"]
+        index, following = positions(x.shape[1], start, reset)
+        q, k, v = (
+            rearrange(project(x), "b t (h k) -> b t h k", k=self.head_width)
+            for project in (self.q, self.k, self.v)
+        )
+        if self.config.rope_base is not None:
+            frequencies = rotary_frequencies(self.head_width, self.config.rope_base)
+            angle = rotary_angles(index, frequencies)
+            q, k = rotate_half(q, angle), rotate_half(k, angle)
+        if state is None:
+            y = attention(q, k, v, window=self.config.window, reset=reset)
+        else:
+            y, state = self._cached(q, k, v, index, following, state)
+        return self.out(rearrange(y, "b t h v -> b t (h v)")), state
+
+    def _cached(self, q, k, v, position, following, state):
+        """Attend over the ring and the new tokens, which then stay in it."""
+        window, time = self.config.window, q.shape[1]
+        rings, read, held, oldest = cache.extend(state, k, v)
+        number = state["length"][:, None] + jnp.arange(time, dtype=jnp.int32)
+        start = number - position
+        y = attention(
+            q,
+            read["k"].astype(q.dtype),
+            read["v"].astype(q.dtype),
+            window=window,
+            q_index=number,
+            q_start=start,
+            kv_index=held,
+        )
+        first = start if window is None else jnp.maximum(start, number - window + 1)
+        y = jnp.where((first < oldest[:, None])[..., None, None], jnp.nan, y)
+        length = state["length"] + time
+        return y, {**rings, "length": length, "start": length - following}
+
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
+        """An empty cache for `max_length` tokens (`window` where that is less)."""
+        window = self.config.window
+        size = max_length if window is None else min(window, max_length)
+        return cache.empty(batch, size, self.kv_heads, self.head_width, dtype)

@@ -1,0 +1,130 @@
+"""Mamba's mixer: a selective scan behind a short convolution  (arXiv:2312.00752)."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from ..kernels.selective_scan import selective_scan
+from .conv import ShortConv
+from .norm import RMSNorm, rms_norm
+
+State = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Mamba (arXiv:2312.00752)."""
+
+    expand: int = 2
+    """Inner width as a multiple of the model's width."""
+    state: int = 16
+    """Numbers of state per inner channel (N)."""
+    conv: int = 4
+    """Length of the causal convolution in tokens."""
+    dt_rank: int | None = None
+    """Rank of the projection that makes the step size; width / 16 rounded up if None."""
+    dt_min: float = 1e-3
+    """Smallest initial step size; they are drawn log-uniformly."""
+    dt_max: float = 0.1
+    """Largest initial step size."""
+    dt_floor: float = 1e-4
+    """Initial step sizes below this are raised to it."""
+    bias: bool = False
+    """Biases in the projections of x, z and the output."""
+    conv_bias: bool = True
+    """A bias in the convolution."""
+    norm: Literal["none", "plain", "weighted"] = "none"
+    """RMS norms of the low-rank dt, of B and of C: none (Mamba), without weight (plain, as in
+    FalconMamba), or with (weighted, as in Jamba)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in those norms."""
+
+
+class Mamba(nnx.Module):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, out = W (silu(z) (h C + D u)), u = silu(conv(x)).
+
+    dt = softplus(W_up W_down u + bias) for each channel; A is negative and real. Initialised as
+    the released code: A_n = -n, D = 1, the output projection divided by sqrt(layers).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: MambaConfig = MambaConfig(),
+        *,
+        layer: int = 0,
+        layers: int = 1,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del layer
+        self.config, self.dtype = config, dtype
+        inner, size = config.expand * width, config.state
+        rank = config.dt_rank or math.ceil(width / 16)
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def linear(din, dout, bias=False, gain=1.0):
+            init = nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform")
+            return nnx.Linear(
+                din, dout, use_bias=bias, precision="highest", kernel_init=init, **kinds
+            )
+
+        self.x, self.z = (linear(width, inner, config.bias), linear(width, inner, config.bias))
+        self.conv = ShortConv(inner, config.conv, config.conv_bias, **kinds)
+        self.dt_down = linear(inner, rank)
+        self.B, self.C = linear(inner, size), linear(inner, size)
+        self.dt_up = linear(rank, inner)
+        self.dt_bias = nnx.Param(dt_bias(config, inner, param_dtype, rngs))
+        rates = jnp.log(jnp.arange(1, size + 1, dtype=param_dtype))
+        self.A_log = nnx.Param(jnp.broadcast_to(rates, (inner, size)) + 0)
+        self.D = nnx.Param(jnp.ones(inner, param_dtype))
+        self.out = linear(inner, width, config.bias, layers**-0.5)
+        if config.norm == "weighted":
+            norm = partial(RMSNorm, eps=config.norm_eps, **kinds)
+            self.dt_norm, self.B_norm, self.C_norm = norm(rank), norm(size), norm(size)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T W"],
+        state: State | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T W"], State]:
+        window, h = (None, None) if state is None else (state["conv"], state["S"])
+        u, window = self.conv(self.x(x), window, reset)
+        u = jax.nn.silu(u)
+        dt, B, C = self._normed(self.dt_down(u), self.B(u), self.C(u))
+        exact = jnp.promote_types(jnp.float32, self.dtype)
+        delta = jax.nn.softplus(self.dt_up(dt).astype(exact) + self.dt_bias[...].astype(exact))
+        A = -jnp.exp(self.A_log[...].astype(exact))
+        y, h = selective_scan(u, delta, A, B, C, D=self.D[...], state=h, reset=reset)
+        return self.out(y * jax.nn.silu(self.z(x))), {"conv": window, "S": h}
+
+    def _normed(self, dt, B, C):
+        if self.config.norm == "none":
+            return dt, B, C
+        if self.config.norm == "weighted":
+            return self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        return (rms_norm(v, self.config.norm_eps).astype(v.dtype) for v in (dt, B, C))
+
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
+        """The state before any token; its size does not depend on `max_length`."""
+        del max_length
+        exact = jnp.promote_types(jnp.float32, self.dtype)
+        h = jnp.zeros((batch, *self.A_log.shape), exact)
+        return {"conv": self.conv.init_window(batch, dtype), "S": h}
+
+
+def dt_bias(config, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Float[Array, "size"]:
+    """The inverse softplus of step sizes drawn log-uniformly from [dt_min, dt_max]."""
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    dt = jnp.exp(rngs.params.uniform((size,), param_dtype, low, high))
+    dt = jnp.maximum(dt, config.dt_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))

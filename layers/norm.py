@@ -1,0 +1,71 @@
+"""Normalisations, with statistics in float32 at least."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 at least  (arXiv:1910.07467)."""
+    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def layer_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """(x - mean) / sqrt(variance + eps) over the last axis, in float32 at least."""
+    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """rms_norm(x) * scale, returned in `dtype`; axes before the last, such as heads, are batch."""
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-6,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs  # every norm takes it; ones need no randomness
+        self.eps, self.dtype = eps, dtype
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return (rms_norm(x, self.eps) * self.scale[...]).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """layer_norm(x) * scale + bias, returned in `dtype`  (arXiv:1607.06450)."""
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        self.eps, self.dtype = eps, dtype
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class SimpleRMSNorm(nnx.Module):
+    """rms_norm(x) without a weight, returned in `dtype`  (TransNormerLLM, arXiv:2307.14995)."""
+
+    def __init__(self, eps: float = 1e-6, *, dtype: DTypeLike = jnp.float32):
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.eps).astype(self.dtype)

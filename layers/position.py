@@ -1,0 +1,62 @@
+"""Positions within a document, and rotary embeddings of them (arXiv:2104.09864)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+def positions(
+    length: int, start: Int[Array, "B"] | None = None, reset: Bool[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Each token's distance from the last reset at or before it, and the index that comes next.
+
+    `start` is the position of the first token of a row that has not been reset yet (0 if None).
+    With neither `start` nor `reset` one row (B = 1) stands for all.
+    """
+    time = jnp.arange(length, dtype=jnp.int32)
+    index = time[None] if start is None else time + start[:, None].astype(jnp.int32)
+    if reset is not None:
+        latest = jax.lax.cummax(jnp.where(reset, time, -1), axis=1)
+        index = jnp.where(latest >= 0, time - latest, index)
+    return index, index[:, -1] + 1
+
+
+def rotary_frequencies(width: int, base: float = 10000.0) -> np.ndarray:
+    """base^(-2 i / width) radians per token, for i < width / 2."""
+    if width % 2:
+        raise ValueError(f"rotary embedding of width {width}; it must be even")
+    return (base ** (-np.arange(0, width, 2, dtype=np.float64) / width)).astype(np.float32)
+
+
+def rotary_angles(
+    index: Int[Array, "B T"], frequencies: Float[Array, "P"] | np.ndarray
+) -> Float[Array, "B T P"]:
+    """The angle in radians of each pair of features at each position."""
+    return index[..., None].astype(frequencies.dtype) * frequencies
+
+
+def rotate_half(
+    x: Float[Array, "B T H K"], angle: Float[Array, "b T P"]
+) -> Float[Array, "B T H K"]:
+    """Turn the pairs (x_i, x_{i + K/2}): the layout of Llama and of fla's RetNet."""
+    cos, sin = _cos_sin(x, angle)
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_interleaved(
+    x: Float[Array, "B T H K"], angle: Float[Array, "b T P"]
+) -> Float[Array, "B T H K"]:
+    """Turn the pairs (x_{2i}, x_{2i + 1}): the layout of torchscale's RetNet."""
+    cos, sin = _cos_sin(x, angle)
+    a, b = x[..., 0::2].astype(cos.dtype), x[..., 1::2].astype(cos.dtype)
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _cos_sin(x, angle):
+    """Both with an axis for heads, in at least float32."""
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    angle = angle[:, :, None].astype(exact)
+    return jnp.cos(angle), jnp.sin(angle)

@@ -1,0 +1,138 @@
+"""One block of a decoder, and runs of identical blocks stacked along a leading layer axis."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ..layers.aaren import Aaren
+from ..layers.attention import Attention
+from ..layers.gla import GLA
+from ..layers.lightning import Lightning
+from ..layers.mamba import Mamba
+from ..layers.mamba2 import Mamba2
+from ..layers.mlp import GELU, GLU, SwiGLU
+from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
+from ..layers.retention import Retention
+from .config import LMConfig
+from .pattern import Kind, parse
+
+MIXERS = {
+    "gla": GLA,
+    "retention": Retention,
+    "lightning": Lightning,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "aaren": Aaren,
+    "attention": Attention,
+}
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "glu": GLU}
+
+
+def norm(config: LMConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm over the residual stream, of the kind that the config names."""
+    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+    if config.norm == "simple":
+        return SimpleRMSNorm(config.norm_eps, dtype=dtype)
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.width, config.norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)). Without an MLP the second half is left out."""
+
+    def __init__(self, config: LMConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
+        options = {
+            "layers": config.depth,
+            "dtype": jnp.dtype(config.dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+            "rngs": rngs,
+        }
+        self.mixer_norm = norm(config, rngs)
+        mixer = MIXERS[kind.mixer]
+        self.mixer = mixer(config.width, getattr(config, kind.mixer), layer=layer, **options)
+        self.mlp = nnx.data(None)
+        if kind.mlp != "none":
+            self.mlp_norm = norm(config, rngs)
+            self.mlp = MLPS[kind.mlp](config.width, config.mlp, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: Any = None,
+        reset: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
+        """The stream after this block in its own dtype, the mixer's state, and auxiliary values."""
+        y, state = self.mixer(self.mixer_norm(x), state, reset)
+        x = x + y.astype(x.dtype)
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
+        return x, state, {}
+
+
+class Run(NamedTuple):
+    """Consecutive blocks that differ in nothing but the values of their variables."""
+
+    kind: Kind
+    start: int
+    length: int
+
+
+@functools.lru_cache(maxsize=1024)
+def abstract(config: LMConfig, kind: Kind, layer: int) -> tuple[nnx.GraphDef, Any]:
+    """One block without arrays: its structure, and the shapes and dtypes of its variables."""
+    return nnx.split(nnx.eval_shape(functools.partial(_build, config, kind, layer)))
+
+
+@functools.lru_cache(maxsize=64)
+def runs(config: LMConfig) -> tuple[Run, ...]:
+    """The blocks of a model, grouped into the longest runs of identical ones."""
+    found: list[Run] = []
+    previous = None
+    for layer, kind in enumerate(parse(config.pattern, config.depth)):
+        graphdef, state = abstract(config, kind, layer)
+        this = kind, graphdef, jax.tree.structure(state), jax.tree.leaves(state)
+        if this == previous:
+            found[-1] = found[-1]._replace(length=found[-1].length + 1)
+        else:
+            found.append(Run(kind, layer, 1))
+        previous = this
+    return tuple(found)
+
+
+def _build(config: LMConfig, kind: Kind, layer: int, key: Array | int = 0) -> Block:
+    return Block(config, kind, layer=layer, rngs=nnx.Rngs(key))
+
+
+@functools.lru_cache(maxsize=256)
+def _drawer(config: LMConfig, run: Run):
+    """The compiled function from a key to the variables of a run, with a leading layer axis."""
+    layers = range(run.start, run.start + run.length)
+
+    def parameters(key):
+        return nnx.split(_build(config, run.kind, run.start, key), nnx.Param, ...)[1]
+
+    def others(layer):
+        return nnx.split(_build(config, run.kind, layer), nnx.Param, ...)[2]
+
+    def draw(key):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.array(layers, jnp.uint32))
+        each = [others(run.start)]
+        if jax.tree.leaves(each):  # the parameters that these blocks also have are dead code
+            each += [others(layer) for layer in layers[1:]]
+        # map, not vmap: random bits are what takes long to compile here, and vmap doubles it
+        return jax.lax.map(parameters, keys), jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    return jax.jit(draw)
+
+
+def stack(config: LMConfig, run: Run, key: Array) -> Block:
+    """The blocks of a run as one Block whose variables have a leading layer axis.
+
+    Parameters are drawn for all layers at once: their distributions may depend on the number of
+    layers, not on the layer. All else, such as decays by depth, is built layer by layer.
+    """
+    return nnx.merge(abstract(config, run.kind, run.start)[0], *_drawer(config, run)(key))

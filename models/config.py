@@ -1,0 +1,81 @@
+"""The one frozen dataclass that a language model is built from."""
+
+import dataclasses
+from dataclasses import field
+from typing import Literal, get_args, get_origin
+
+from ..layers.aaren import AarenConfig
+from ..layers.attention import AttentionConfig
+from ..layers.gla import GLAConfig
+from ..layers.lightning import LightningConfig
+from ..layers.mamba import MambaConfig
+from ..layers.mamba2 import Mamba2Config
+from ..layers.mlp import MLPConfig
+from ..layers.retention import RetentionConfig
+from .pattern import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """Everything that shapes a language model; its fields are the command line's model flags."""
+
+    vocab: int = 256
+    """Number of token ids."""
+    vocab_multiple: int = 1
+    """The embedding (and head) have rows up to a multiple of this; logits have `vocab` entries."""
+    width: int = 256
+    """Width of the residual stream, in features."""
+    depth: int = 4
+    """Number of blocks."""
+    pattern: str = "gla+swiglu"
+    """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
+    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, gelu, glu, none."""
+    norm: Literal["rms", "layer", "simple"] = "rms"
+    """Norm before each mixer and MLP and before the head: RMSNorm, LayerNorm, or RMSNorm without
+    weights."""
+    norm_eps: float = 1e-5
+    """Added to the mean square (variance) in these norms."""
+    tie_head: bool = True
+    """Whether the embedding's rows are also the head's columns."""
+    embed_scale: bool = False
+    """Whether embeddings are multiplied by sqrt(width)."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding's, and an untied head's, initial weights."""
+    residual_float32: bool = True
+    """Whether the residual stream is float32 whatever the compute dtype."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Compute dtype; decays, norms' statistics, states, logits and the loss stay float32."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Dtype in which parameters are kept."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at once in the loss, rounded to time steps of the batch; 0: all."""
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    """The MLPs."""
+    gla: GLAConfig = field(default_factory=GLAConfig)
+    """Gated linear attention blocks."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    """Retention (RetNet) blocks."""
+    lightning: LightningConfig = field(default_factory=LightningConfig)
+    """Lightning attention (TransNormerLLM) blocks."""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    """Mamba blocks."""
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    """Mamba-2 blocks."""
+    aaren: AarenConfig = field(default_factory=AarenConfig)
+    """Aaren blocks."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Softmax attention blocks."""
+
+    def __post_init__(self):
+        for each in dataclasses.fields(self):
+            value, known = getattr(self, each.name), get_args(each.type)
+            if get_origin(each.type) is Literal and value not in known:
+                raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
+        for name in ("vocab", "vocab_multiple", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+        if self.loss_chunk < 0:
+            raise ValueError(f"loss_chunk={self.loss_chunk}; it must be 0 (all) or more")
+        parse(self.pattern, self.depth)

@@ -1,0 +1,47 @@
+"""Patterns of blocks: `"gla+swiglu*5,attention+swiglu"`, repeated to the depth of the model."""
+
+from typing import NamedTuple
+
+MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
+MLPS = ("swiglu", "gelu", "glu", "none")
+
+
+class Kind(NamedTuple):
+    """What one block is made of: names of its mixer and of its MLP."""
+
+    mixer: str
+    mlp: str
+
+
+def parse(pattern: str, depth: int) -> tuple[Kind, ...]:
+    """The blocks of `mixer[+mlp][*n]`, comma separated, repeated until there are `depth` of them.
+
+    A mixer without `+mlp` stands alone, as `+none` does; the last repetition may end early. Raises
+    ValueError for an unknown name, an empty entry, a count below 1 and a pattern longer than depth.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth}; a model needs at least 1 block")
+    period = [kind for entry in pattern.split(",") for kind in _entry(entry, pattern)]
+    if len(period) > depth:
+        raise ValueError(f"pattern {pattern!r} has {len(period)} blocks, more than {depth=}")
+    return tuple(period[i % len(period)] for i in range(depth))
+
+
+def _entry(entry: str, pattern: str) -> list[Kind]:
+    block, star, count = (part.strip() for part in entry.partition("*"))
+    mixer, plus, mlp = (part.strip() for part in block.partition("+"))
+    if not mixer or (plus and not mlp):
+        raise ValueError(f"{entry!r} in pattern {pattern!r} is incomplete; write mixer[+mlp][*n]")
+    if mixer not in MIXERS:
+        raise ValueError(
+            f"mixer {mixer!r} in pattern {pattern!r} is not one of {', '.join(MIXERS)}"
+        )
+    if mlp == "moe":
+        raise ValueError(
+            f"mlp 'moe' in pattern {pattern!r} is not there yet; use {', '.join(MLPS)}"
+        )
+    if plus and mlp not in MLPS:
+        raise ValueError(f"mlp {mlp!r} in pattern {pattern!r} is not one of {', '.join(MLPS)}")
+    if star and not (count.isdecimal() and int(count) > 0):
+        raise ValueError(f"count {count!r} in pattern {pattern!r} is not a whole number from 1 up")
+    return [Kind(mixer, mlp or "none")] * int(count or 1)
