@@ -1,6 +1,7 @@
 """Softmax attention with rotary positions, grouped keys and a cache  (arXiv:1706.03762)."""
 
 import dataclasses
+from typing import cast
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
             angle = rotary_angles(index, frequencies)
             q, k = rotate_half(q, angle), rotate_half(k, angle)
         if state is None:
-            y = attention(q, k, v, window=self.config.window, reset=reset)
+            y = cast(Array, attention(q, k, v, window=self.config.window, reset=reset))
         else:
             y, state = self._cached(q, k, v, index, following, state)
         return self.out(rearrange(y, "b t h v -> b t (h v)")), state
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
             kv_index=held,
         )
         first = start if window is None else jnp.maximum(start, number - window + 1)
-        y = jnp.where((first < oldest[:, None])[..., None, None], jnp.nan, y)
+        y = jnp.where((first < oldest[:, None])[..., None, None], jnp.nan, cast(Array, y))
         length = state["length"] + time
         return y, {**rings, "length": length, "start": length - following}
 

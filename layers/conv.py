@@ -99,7 +99,8 @@ def _forward(kernel, padded, age):
 def _backward(residuals, ct):
     kernel, padded, age = residuals
     past, time = kernel.shape[0] - 1, age.shape[1]
-    wide, ages, d_padded = _pad(ct, past, past), _pad(age, past, past), 0
+    wide, ages = _pad(ct, past, past), _pad(age, past, past)
+    d_padded = jnp.zeros((), ct.dtype)
     for lag in range(past + 1):
         after = slice(lag, lag + past + time)  # the outputs that each input reaches by this lag
         d_padded = d_padded + kernel[past - lag] * _seen(wide[:, after], ages[:, after], lag)

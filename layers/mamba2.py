@@ -104,11 +104,11 @@ class Mamba2(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
-        config, state = self.config, state or {}
+        config, carried = self.config, state or {}
         exact = jnp.promote_types(jnp.float32, self.dtype)
 
         def mixed(project, conv, name, heads):
-            y, window = conv(project(x), state.get(name), reset)
+            y, window = conv(project(x), carried.get(name), reset)
             return rearrange(jax.nn.silu(y), "b t (h k) -> b t h k", h=heads), window
 
         u, x_window = mixed(self.x, self.x_conv, "x_conv", self.heads)
@@ -118,7 +118,7 @@ class Mamba2(nnx.Module):
         dt = jnp.clip(dt, *config.dt_limit)
         log_decay = -dt * jnp.exp(self.A_log[...].astype(exact))
         v = (dt[..., None] * u.astype(exact)).astype(u.dtype)
-        y, S = linear_attention(C, B, v, log_decay, state=state.get("S"), reset=reset)
+        y, S = linear_attention(C, B, v, log_decay, state=carried.get("S"), reset=reset)
         y = y.astype(exact) + self.D[...].astype(exact)[:, None] * u.astype(exact)
         y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(self.z(x).astype(exact))
         y = rms_norm(rearrange(y, "b t (g d) -> b t g d", g=config.groups), config.norm_eps)

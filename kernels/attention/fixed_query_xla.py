@@ -66,8 +66,9 @@ def _backward(scale, chunk, residuals, cotangents):
         largest = s[..., -1, :] == m_t[..., -1:]
         count = jnp.cumsum(largest, axis=-1, dtype=jnp.int32)
         later, earlier = count[..., -1:] - count, (count > 1) | came[..., None]
-        ds = ds + jnp.where(largest, dtop[..., None] * 0.5 ** (later + earlier), 0)
-        dtop = jnp.where(came, dtop * 0.5 ** count[..., -1], 0)
+        halves = jnp.exp2(-(later + earlier).astype(exact))
+        ds = ds + jnp.where(largest, dtop[..., None] * halves, 0)
+        dtop = jnp.where(came, dtop * jnp.exp2(-count[..., -1].astype(exact)), 0)
 
         dv = _dot("bgrts,bgrtv->bsgv", p, dw_t)
         dk = _dot("bgrc,grk->bcgk", ds, scaled)

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.compare import close
-
 from scanax.layers import decay
 from scanax.layers.constant import Constant
 from scanax.layers.gla import GLA, GLAConfig
 from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.retention import Retention, RetentionConfig
+from support.compare import close
 
 WIDTH, BATCH, TIME, DEPTH = 24, 3, 12, 3
 MIXERS = {
@@ -163,7 +162,7 @@ def resets():
 
 
 class Case:
-    """A mixer with every parameter moved away from its initial value, and its jitted call."""
+    """A mixer with random parameters, these in float64, and its jitted call."""
 
     def __init__(self, mixer, config, layer, dtype=jnp.float32):
         def build():
@@ -174,8 +173,7 @@ class Case:
         rest, rng = jax.jit(lambda: build()[2])(), np.random.default_rng(layer)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype), params)
         self.model = nnx.merge(graph, params, rest)
-        call = jax.jit(lambda x, state, reset: nnx.merge(graph, params, rest)(x, state, reset))
-        self.run = lambda x, state, reset: call(x, state, reset)
+        self.run = jax.jit(lambda *inputs: nnx.merge(graph, params, rest)(*inputs))
         self.params = jax.tree.map(np.float64, nnx.to_pure_dict(params))
         self.x = jnp.asarray(rng.normal(size=(BATCH, TIME, WIDTH)), dtype)
         self.mean = lambda x: MEANING[mixer](self.params, config, layer, np.float64(x))
@@ -282,6 +280,6 @@ def test_decays():
         ),
     ],
 )
-def test_what_does_not_fit_is_named(build, message):
+def test_what_does_not_fit_is_named(unchecked, build, message):
     with pytest.raises(ValueError, match=message):
         build(nnx.Rngs(0))

@@ -7,20 +7,24 @@ import pytest
 from flax import nnx
 from scanax.layers.aaren import Aaren, AarenConfig
 from scanax.layers.attention import Attention, AttentionConfig
+from scanax.layers.gla import GLA, GLAConfig
+from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.mamba import Mamba, MambaConfig
 from scanax.layers.mamba2 import Mamba2, Mamba2Config
+from scanax.layers.retention import Retention, RetentionConfig
 from support.compare import close
 
 WIDTH, BATCH, TIME, CAPACITY = 16, 4, 16, 16
 MIXERS = {
+    "gla": (GLA, GLAConfig(heads=2, conv=3)),
+    "retention": (Retention, RetentionConfig(heads=2)),
+    "lightning": (Lightning, LightningConfig(heads=2, lrpe_layers=2)),
     "mamba": (Mamba, MambaConfig(state=4)),
-    "falcon_mamba": (Mamba, MambaConfig(state=4, norm="plain")),
-    "jamba": (Mamba, MambaConfig(state=4, norm="weighted", bias=True)),
+    "jamba": (Mamba, MambaConfig(state=4, dt_rank=3, norm="weighted", bias=True)),
     "mamba2": (Mamba2, Mamba2Config(head_width=8, groups=2, state=4)),
     "aaren": (Aaren, AarenConfig(heads=2)),
     "attention": (Attention, AttentionConfig(heads=4, kv_heads=2, bias=True)),
-    "windowed": (Attention, AttentionConfig(heads=2, window=4, head_width=6)),
-    "positionless": (Attention, AttentionConfig(heads=2, rope_base=None)),
+    "windowed": (Attention, AttentionConfig(heads=2, window=4, head_width=6, rope_base=None)),
 }
 
 
@@ -71,7 +75,7 @@ def test_packed_documents_give_what_each_gives_alone(case):
     starts = [[0], [0, 9], [0, 6, 7, 8], [0, 2, 4, 5, 15]]
     for number in range(max(map(len, starts))):
         begin = [row[min(number, len(row) - 1)] for row in starts]
-        end = [(row[number + 1 :] + [TIME])[0] for row in starts]
+        end = [[*row[number + 1 :], TIME][0] for row in starts]
         alone = jnp.stack([jnp.roll(x, -b, axis=0) for x, b in zip(case.x, begin, strict=True)])
         y, _ = case.run(alone, None, case.none)
         for row, (b, e) in enumerate(zip(begin, end, strict=True)):
@@ -99,6 +103,27 @@ def test_a_document_that_is_not_finite_reaches_no_other(case):
         y, good = run(bad), run(case.x)
         assert jnp.isnan(y[1:3, 3]).all()
         close((y[0], y[1, 9:], y[2, 6:], y[3]), (good[0], good[1, 9:], good[2, 6:], good[3]), 1e-6)
+
+
+def test_gradients_pass_through_the_state(case):
+    """Those of two pieces, with documents that run over the cut, are those of the full run."""
+    graph, params = nnx.split(case.model)
+    ct = jax.random.normal(jax.random.key(2), case.x.shape, case.x.dtype)
+
+    def full(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x, None, resets())[0] * ct)
+
+    def pieces(params, x):
+        model = nnx.merge(graph, params)
+        state = model.init_state(BATCH, CAPACITY, x.dtype)
+        first, state = model(x[:, :7], state, resets()[:, :7])
+        second, _ = model(x[:, 7:], state, resets()[:, 7:])
+        return jnp.sum(jnp.concatenate([first, second], axis=1) * ct)
+
+    actual, desired = jax.jit(lambda *x: [jax.grad(f, (0, 1))(*x) for f in (pieces, full)])(
+        params, case.x
+    )
+    close(actual, desired, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

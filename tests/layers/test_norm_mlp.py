@@ -7,19 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.compare import close
-
 from scanax.layers.mlp import GELU, GLU, MLPConfig, SwiGLU
 from scanax.layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
+from support.compare import close
 
 
 def moved(module):
-    """The module with noise on every parameter, and its parameters in float64."""
+    """The module with random parameters, and these in float64."""
     graph, params = nnx.split(module)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    noise = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves, strict=True)]
-    params = tree.unflatten([p + n for p, n in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 1, p.shape), p.dtype), params)
     return nnx.merge(graph, params), jax.tree.map(np.float64, nnx.to_pure_dict(params))
 
 
@@ -68,7 +65,7 @@ def test_mlps():
 
 def test_hidden_widths_are_rounded_up():
     assert [MLPConfig().width(w) for w in (24, 256, 1024)] == [64, 704, 2752]
-    assert MLPConfig(ratio=4, multiple_of=1).width(768) == 3072
+    assert MLPConfig(ratio=4.0, multiple_of=1).width(768) == 3072
     assert MLPConfig(hidden=2816).width(1024) == 2816
 
 

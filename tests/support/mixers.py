@@ -132,7 +132,7 @@ def mean_selective(inputs, reset):
 
 # Softmax mixers: `case` sets how far the scores spread instead of a decay.
 
-SPREAD = {"mixed": 30.0, "mild": 1.0, "minus30": 100.0, "minus200": 0.0}
+SPREAD = {"mixed": 30.0, "mild": 1.0, "minus30": 10.0, "minus200": 1e-3}
 
 
 def draw_fixed_query(rng, time, case, heads=4, groups=2, key=5, value=3):

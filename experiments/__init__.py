@@ -1,0 +1,1 @@
+"""Training, evaluation and generation: the only place with flags, files, clocks and printing."""

@@ -1,0 +1,239 @@
+"""How well a trained model predicts text: loss, perplexity, bits per byte, by position and length.
+
+python -m scanax.experiments.evaluate --checkpoint runs/stdlib
+python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
+"""
+
+import os
+import sys
+
+if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # this file must not stand before the library `evaluate`
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from flax import nnx
+from scanax.experiments import data as texts
+from scanax.experiments import flags
+from scanax.experiments.loading import Loaded, load, parse_step
+from scanax.layers.position import positions
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure how well a trained model predicts text."""
+
+    checkpoint: str
+    """Directory of a training run."""
+    step: str | None = None
+    """The step whose checkpoint to use: a number or `best`; the latest if None."""
+    data: texts.DataConfig = dataclasses.field(default_factory=lambda: texts.DataConfig(paths=()))
+    """The text, all of it; without --data.paths, what was held out when the model was trained."""
+    lengths: tuple[int, ...] = (1, 2, 4, 8)
+    """Sequence lengths, in multiples of the training length."""
+    tokens: int = 200_000
+    """Tokens to measure at each length, spread over the text; 0: all of it."""
+    out: str | None = None
+    """Directory for evaluation.json and loss_by_position.png; the run's own if None."""
+    plot: bool = True
+    """Draw loss_by_position.png (package matplotlib, extra `train`)."""
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths={self.lengths}; multiples of at least 1 are needed")
+        if self.tokens < 0:
+            raise ValueError(f"tokens={self.tokens}; it must be at least 0")
+        if self.data.heldout:
+            raise ValueError("--data.heldout is for training; all of --data.paths is measured")
+        if not self.data.paths and self.data != texts.DataConfig(paths=()):
+            raise ValueError("--data flags describe --data.paths, and none are given")
+        if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
+            raise ValueError(f"out={self.out!r} is not a directory")
+        parse_step(self.step)
+
+
+def main(args: list[str] | None = None) -> int:
+    """0: done. 2: something given is wrong, nothing written. 1: the results cannot be written."""
+    about = "Measure how well a trained model predicts text."
+    try:
+        args = sys.argv[1:] if args is None else args
+        config = flags.parse(EvaluateConfig, None, args, "evaluate", about)
+        results = evaluate(config)
+    except (ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    try:
+        save(config, results)
+    except OSError as error:
+        print(f"evaluate: the results cannot be written: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure at every length, and print; what evaluation.json holds."""
+    if config.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "the package matplotlib is missing: pip install 'scanax[train]', or give --no-plot"
+            ) from None
+    loaded = load(config.checkpoint, parse_step(config.step))
+    source, task = text(config, loaded), loaded.config.task
+    print(f"step {loaded.step} of {config.checkpoint} on {source.name}, {len(source):,} tokens")
+    results: dict[str, Any] = {"step": loaded.step, "text": source.name}
+    results |= {"training_length": task.length, "lengths": []}
+    score = scorer(loaded.model)
+    for times in config.lengths:
+        length = times * task.length
+        # as many tokens at once as a batch of training has, where a row is no longer than that
+        rows = max(1, task.rows * task.length // length)
+        result = measure(score, source, rows, length, config.tokens)
+        if not results["lengths"]:
+            print("".join(f"{name.replace('_', ' '):>16}" for name in result if name in FORMATS))
+        print("".join(f"{result[k]:>16{f}}" for k, f in FORMATS.items() if k in result), flush=True)
+        results["lengths"].append(result)
+    longest = max(results["lengths"], key=lambda result: result["length"])
+    print(f"\nnats per token by tokens of context, at length {longest['length']}:")
+    for bucket in longest["by_context"]:
+        print(f"{span(bucket):>16}{bucket['nats_per_token']:>16.4f}")
+    return results
+
+
+FORMATS = {"length": "d", "nats_per_token": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
+FORMATS |= {"tokens": ",d"}
+
+
+def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
+    """What is measured, in the model's tokens."""
+    own, beside = loaded.config.task.data, loaded.folder / "tokenizer.json"
+    # the tokenizer that was used is the checkpoint's copy, wherever its file has gone since
+    tokenizer = str(beside) if beside.is_file() else None
+    if not config.data.paths:
+        return texts.corpus(**vars(dataclasses.replace(own, tokenizer=tokenizer))).heldout
+    given = dataclasses.replace(
+        config.data,
+        heldout=config.data.paths,  # all of it
+        tokenizer=config.data.tokenizer or tokenizer,
+        vocab=config.data.vocab or own.vocab,
+    )
+    if given.document_end is None:
+        given = dataclasses.replace(given, document_end=own.document_end)
+    source, vocab = texts.corpus(**vars(given)).heldout, loaded.config.task.model.vocab
+    if source.vocab > vocab:
+        raise ValueError(f"{source.name} has {source.vocab} tokens, the model {vocab}")
+    return source
+
+
+Score = Callable[[texts.Batch], np.ndarray]
+
+
+def scorer(model: nnx.Module) -> Score:
+    """Nats of every target of a batch."""
+    graphdef, variables = nnx.split(model)
+
+    @jax.jit
+    def nll(variables, tokens, targets, reset):
+        return nnx.merge(graphdef, variables).nll(tokens, targets, reset=reset)[0]
+
+    return lambda b: np.asarray(nll(variables, b["tokens"], b["targets"], b["reset"]), np.float64)
+
+
+def measure(score: Score, source: texts.Source, rows: int, length: int, tokens: int) -> dict:
+    """Means over rows of `length` tokens that start fresh, and by how many tokens are read before.
+
+    About `tokens` of them, in batches spread over the text; 0: all.
+    """
+    available = texts.evaluation_steps(source, batch=rows, length=length)
+    count = min(-(-tokens // (rows * length)) or available, available)
+    # bucket 0 has targets after 1 token, bucket b those after more than 2^(b-1), up to 2^b
+    total, weight = np.zeros((2, length.bit_length() + 1))
+    for i in tqdm.tqdm(range(count), desc=f"length {length}", leave=False, disable=None):
+        batch = texts.evaluation(source, i * available // count, batch=rows, length=length)
+        nll, counted = score(batch), batch["weights"] > 0
+        bucket = np.frexp(positions(length, None, batch["reset"])[0])[1][counted]
+        total += np.bincount(bucket, nll[counted], total.size)
+        weight += np.bincount(bucket, minlength=total.size)
+    if not weight.sum():
+        raise ValueError(f"{source.name}: no document has 2 tokens, so there is nothing to predict")
+    mean = float(total.sum() / weight.sum())
+    result = {"length": length, "nats_per_token": mean, "perplexity": float(np.exp(mean))}
+    if source.bytes_per_token:
+        result["bits_per_byte"] = mean / math.log(2) / source.bytes_per_token
+    curve = [
+        {
+            "from": 2**b // 2 + 1,
+            "to": min(2**b, length),
+            "nats_per_token": total[b] / weight[b],
+            "tokens": int(weight[b]),
+        }
+        for b in np.flatnonzero(weight).tolist()
+    ]
+    return result | {"tokens": int(weight.sum()), "by_context": curve}
+
+
+def span(bucket: dict[str, Any]) -> str:
+    first, last = bucket["from"], bucket["to"]
+    return str(last) if first == last else f"{first}-{last}"
+
+
+def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
+    """evaluation.json and loss_by_position.png, each whole or not at all."""
+    folder = Path(config.out or config.checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    print()
+    write(folder / "evaluation.json", json.dumps(results, indent=1).encode())
+    if config.plot:
+        name = f"{Path(config.checkpoint).resolve().name}, step {results['step']}"
+        write(folder / "loss_by_position.png", curves(results, name))
+
+
+def write(path: Path, content: bytes) -> None:
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    print(path)
+
+
+def curves(results: dict[str, Any], title: str) -> bytes:
+    """A PNG of the loss by tokens of context, a curve a length."""
+    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    shades = np.linspace(0.75, 0, len(results["lengths"]))  # of one colour: lengths have an order
+    for result, shade in zip(results["lengths"], shades, strict=True):
+        points = [
+            (math.sqrt(b["from"] * b["to"]), b["nats_per_token"]) for b in result["by_context"]
+        ]
+        color = (shade, shade + 0.4 * (1 - shade), 0.7 + 0.3 * shade)
+        label = f"length {result['length']:,}"
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.axvline(results["training_length"], color="0.6", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("tokens of the document read so far (dashed: training length)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Command lines from dataclasses: presets, further flags, and one line for what is wrong."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..models.presets import PRESETS
+from .config import TrainConfig, read
+
+ENDS = ("steps", "minutes")
+
+
+def train(args: list[str]) -> TrainConfig:
+    """The config that these flags name: a preset's, or with --resume the run's own, and changes."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default="stdlib")
+    first.add_argument("--run", default="")
+    first.add_argument("--resume", action="store_true")
+    for name in ENDS:
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    try:
+        early, _ = first.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    run = Path(early.run) if early.run else folder(early.preset, early.resume)
+    if early.resume:
+        config = dataclasses.replace(read(run / "config.json"), step=None)
+    else:
+        config = dataclasses.replace(preset(early.preset), preset=early.preset)
+    config = dataclasses.replace(config, run=str(run))
+    if any(name in early for name in ENDS):  # an end that is given stands alone
+        config = dataclasses.replace(config, **dict.fromkeys(ENDS))
+    about = "Train a task. --preset chooses what all other flags start from: "
+    about += f"{', '.join(files())} (experiments/configs), {', '.join(PRESETS)} (model sizes)."
+    return parse(TrainConfig[type(config.task)], config, args, "train", about)
+
+
+def folder(preset: str, resume: bool) -> Path:
+    """Of runs/PRESET, runs/PRESET-2, ...: the last one there is to resume, else the next."""
+    last, number = None, 1
+    while (path := Path(f"runs/{preset}-{number}" if number > 1 else f"runs/{preset}")).exists():
+        last, number = path, number + 1
+    return last if resume and last is not None else path
+
+
+def files() -> list[str]:
+    """Names of the experiments of experiments/configs."""
+    folder = Path(__file__).parent / "configs"
+    return sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem != "__init__")
+
+
+def preset(name: str) -> TrainConfig:
+    """An experiment of experiments/configs, or the default one with a model of published size."""
+    if name in files():
+        module = importlib.import_module(f".configs.{name.replace('-', '_')}", __package__)
+        return module.config
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is not one of {', '.join([*files(), *PRESETS])}")
+    config = preset("stdlib")
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, model=PRESETS[name]))
+
+
+def parse(kind: Any, default: Any, args: list[str], program: str, description: str) -> Any:
+    """Flags for the fields of a dataclass; ValueError of one line for a wrong one."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, default=default, args=args, prog=program, description=description)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+    # tyro draws a box, or where the terminal is not UTF-8 rows of dashes: a title, what is wrong, a
+    # line, hints
+    text = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+    _, *lines = (line.strip(" │╭╮╰╯─") for line in text.strip().splitlines())
+    rows = itertools.dropwhile(lambda line: not line.strip("-"), lines)
+    message = " ".join(itertools.takewhile(lambda line: line.strip("-"), rows))
+    # a dataclass that refuses its values says itself which
+    message = re.sub(r"^Error parsing (?!--)\S+ ", "", message)
+    raise ValueError(f"{message} (--help lists all flags)")

@@ -1,0 +1,66 @@
+"""A model back from its checkpoint alone: config, weights, tokenizer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from . import checkpoint
+from .config import TrainConfig, from_json
+from .tokenizer import Bytes, TokenizerJson
+from .tokenizer import load as load_tokenizer
+
+
+class Loaded(NamedTuple):
+    """A trained model; `tokenizer` is None where it learned token arrays without one."""
+
+    config: TrainConfig
+    model: Any
+    step: int
+    folder: Path
+    """The checkpoint's own, inside the run's."""
+    tokenizer: Bytes | TokenizerJson | None
+
+
+def parse_step(text: str | None) -> int | str | None:
+    """A flag's value as `load` takes it. ValueError for what is neither a number nor `best`."""
+    if text is None or text == "best":
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"step={text!r} is neither a number nor best")
+    return int(text)
+
+
+def load(directory: str | Path, step: int | str | None = None) -> Loaded:
+    """The model that was saved at `step`: a number, "best" (lowest held-out loss), None (latest).
+
+    Raises ValueError in one line for a directory that is no run, a step it does not have, or a
+    damaged checkpoint.
+    """
+    latest = checkpoint.latest(directory)
+    chosen = checkpoint.best(directory) if step == "best" else latest if step is None else step
+    if chosen is None:
+        raise ValueError(f"{directory} has no best checkpoint: none was saved with a held-out loss")
+    config = from_json(checkpoint.load_config(directory, chosen))
+    task = config.task
+
+    def build():
+        return task.build(nnx.Rngs(0))
+
+    graphdef, shapes, _ = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    flat = jax.eval_shape(task.by_layer, nnx.to_pure_dict(shapes))
+    saved = checkpoint.restore(directory, {"params": flat}, chosen, part=True).state["params"]
+    # decays by depth and the like; the parameters' draws are dead code
+    rest = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
+    model = nnx.merge(graphdef, task.from_layers(saved), rest)
+    folder = Path(directory, str(chosen))
+    return Loaded(config, model, chosen, folder, _tokenizer(task, folder))
+
+
+def _tokenizer(task: Any, folder: Path) -> Bytes | TokenizerJson | None:
+    beside = folder / "tokenizer.json"
+    if beside.is_file():
+        return load_tokenizer(str(beside))
+    # a corpus of token arrays names its vocabulary; of 256 tokens, they are bytes
+    return Bytes() if task.data.vocab in (None, 256) else None

@@ -1,0 +1,166 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, W&B, a progress line."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .config import TrainConfig, to_json
+
+Row = dict[str, Any]
+
+
+def check(config: TrainConfig) -> None:
+    """Import what the flags ask for; ValueError naming the extra that brings what is missing."""
+    wanted = (
+        ("matplotlib", config.plot, "train", "--no-plot"),
+        ("tensorboardX", config.tensorboard, "train", "--no-tensorboard"),
+        ("wandb", config.wandb, "wandb", "no --wandb"),
+    )
+    for name, asked, extra, without in wanted:
+        try:
+            if asked:
+                __import__(name)
+        except ImportError:
+            raise ValueError(
+                f"the package {name} is missing: pip install 'scanax[{extra}]', or give {without}"
+            ) from None
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Log:
+    """One row a step, in every place that the config asks for; what is not finite is null.
+
+    `step` steps were done before. Rows of later ones, left by a run that was killed after its last
+    checkpoint, are dropped: those steps are done again.
+    """
+
+    def __init__(self, config: TrainConfig, step: int):
+        folder = config.folder
+        kept = [row for row in read(folder) if row["step"] <= step]
+        path, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        os.replace(new, path)
+        self.file = path.open("a", encoding="utf-8")
+        self.board = self.wandb = None
+        if config.tensorboard:
+            import tensorboardX
+
+            self.board = tensorboardX.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1
+            )
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.wandb,
+                id=folder.name,
+                dir=str(folder),
+                resume="allow",
+                config=to_json(config),
+            )
+
+    def write(self, row: Row) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+        numbers = {k: v for k, v in row.items() if k != "step"}
+        if self.board is not None:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class Recorder:
+    """Rows and the progress line from what steps return, one step late: the device never waits."""
+
+    def __init__(self, config: TrainConfig, step: int, part: float):
+        self.config, self.unit, self.log = config, config.task.unit, Log(config, step)
+        self.waiting: tuple[Row, Any, float] | None = None
+        self.heldout: Row = {}
+        self.begun = self.mark = time.monotonic()
+        self.first, self.speeds, self.drawn = part, [], 0.0
+
+    def step(self, row: Row, numbers: Any, part: float) -> None:
+        """`row` is known now, `numbers` is what the step returned; `part` of the run is done."""
+        self.flush()
+        self.waiting = row, numbers, part
+
+    def add(self, heldout: dict[str, float]) -> None:
+        """Held-out metrics of the last step; the time they took does not count as training."""
+        self.heldout = {f"heldout_{name}": value for name, value in heldout.items()}
+        if self.waiting is not None:
+            self.waiting[0].update(self.heldout)
+        self.mark = time.monotonic()
+
+    def flush(self) -> None:
+        """Wait for the last step's numbers, write them and show them."""
+        if self.waiting is None:
+            return
+        (row, numbers, part), self.waiting = self.waiting, None
+        row |= {name: value.item() for name, value in jax.device_get(numbers).items()}
+        row |= {self.unit: row.pop("weight")} | self.config.task.derived(row["loss"])
+        now = time.monotonic()
+        self.speeds = [*self.speeds[-19:], row[self.unit] / max(now - self.mark, 1e-9)]
+        self.mark = now
+        # the median: a step that compiled, or waited for a validation, is not the speed
+        row[f"{self.unit}_per_second"] = sorted(self.speeds)[len(self.speeds) // 2]
+        if row["step"] % self.config.log_every == 0 or "heldout_loss" in row:
+            self.log.write(row)
+        left = (now - self.begun) * (1 - part) / max(part - self.first, 1e-9)
+        self.show(progress_line(row | self.heldout, self.unit, part, left), now)
+
+    def show(self, text: str, now: float) -> None:
+        """On a terminal drawn over; in a file a new line every 15 seconds."""
+        terminal = sys.stderr.isatty()
+        if now - self.drawn < (0.2 if terminal else 15):
+            return
+        self.drawn = now
+        # to the line's start, and erase what is left of a longer one
+        print(
+            f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n", file=sys.stderr
+        )
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.log.close()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def progress_line(row: Row, unit: str, part: float, left: float) -> str:
+    """`42% step 310  loss 1.71  2.47 bits per byte  8,100 tokens/s  1:20 left  0 skipped`."""
+    minutes, seconds = divmod(round(left), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    bits = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
+    held = row.get("heldout_bits_per_byte", row.get("heldout_loss"))
+    return (
+        f"{100 * part:3.0f}% step {row['step']}  loss {row['loss']:.3f}{bits}"
+        + (f"  {held:.3f} held out" if held is not None else "")
+        + f"  {row[f'{unit}_per_second']:,.0f} {unit}/s  {clock} left  {row['skipped']:.0f} skipped"
+    )

@@ -1,0 +1,35 @@
+"""The loss curve of a run, from its metrics.jsonl."""
+
+from pathlib import Path
+
+from .metrics import read
+
+
+def loss_curve(folder: Path, unit: str) -> Path:
+    """Draw loss.png: training and held-out loss by step, in bits per byte where those are known."""
+    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
+
+    rows = [row for row in read(folder) if row["loss"] is not None]
+    bits = any("bits_per_byte" in row for row in rows)
+    name = "bits_per_byte" if bits else "loss"
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    train = [(row["step"], row[name]) for row in rows]
+    held = [(row["step"], row[f"heldout_{name}"]) for row in rows if f"heldout_{name}" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.65", linewidth=0.8, label="training batch")
+    if held:
+        axes.plot(*zip(*held, strict=True), color="tab:blue", marker="o", label="held out")
+        step, value = held[-1]
+        axes.annotate(f"{value:.2f}", (step, value), (0, 8), textcoords="offset points", ha="right")
+    if len(train) > 20:  # the first steps would flatten everything after them
+        axes.set_ylim(top=1.05 * sorted(v for _, v in train)[-len(train) // 20])
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (bits per byte)" if bits else f"loss (nats, mean over {unit})")
+    axes.set_title(folder.name)
+    axes.grid(alpha=0.3)
+    if train:
+        axes.legend()
+    path = folder / "loss.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,138 @@
+"""The one compiled training step: gradients of a batch in parts, an update, and what is skipped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .optimizer import OptimizerConfig, adamw
+from .tasks import Task
+
+State = dict[str, Any]  # params, optimizer, stream (what the model carries over), skipped (a count)
+
+
+class Program(NamedTuple):
+    """Compiled functions, and the model's variables that are not trained."""
+
+    graphdef: nnx.GraphDef
+    rest: nnx.State
+    step: Any
+    """step(state, rest, batch, rate) -> (state, metrics); the state that went in is used up."""
+    score: Any
+    """score(params, rest, batch, stream) -> (metrics, stream)."""
+
+    def model(self, state: State) -> Any:
+        return nnx.merge(self.graphdef, state["params"], self.rest)
+
+
+def placement() -> NamedSharding:
+    """Where everything lives: one device. A mesh, and rules by name, go here and only here."""
+    devices = jax.devices()[:1]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def build(task: Task, config: OptimizerConfig, seed: int, parts: int) -> tuple[Program, State]:
+    """The program of a task, and the state before the first step.
+
+    A batch's rows are taken in `parts` equal parts, one after the other.
+    """
+    graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
+    transform = adamw(config, task.decayed(nnx.to_pure_dict(shapes)))
+
+    def first(key):
+        model = task.build(nnx.Rngs(key))
+        _, params, rest = nnx.split(model, nnx.Param, ...)
+        params = nnx.to_pure_dict(params)
+        stream = split_rows(task.init_state(model), parts)
+        state = {"params": params, "optimizer": transform.init(params), "stream": stream}
+        return state | {"skipped": jnp.zeros((), jnp.int32)}, rest
+
+    def score(params, rest, batch, stream):
+        model = nnx.merge(graphdef, params, rest)
+        _, (stream, metrics) = task.loss(
+            model, batch, task.init_state(model) if stream is None else stream
+        )
+        return metrics, stream
+
+    where = placement()
+    state, rest = jax.jit(first, out_shardings=where)(jax.random.key(seed))
+    step = jax.jit(
+        make_step(task, graphdef, transform, parts), donate_argnums=0, out_shardings=where
+    )
+    return Program(graphdef, rest, step, jax.jit(score, out_shardings=where)), state
+
+
+def make_step(
+    task: Task, graphdef: nnx.GraphDef, transform: optax.GradientTransformation, parts: int
+) -> Callable[..., tuple[State, dict[str, Any]]]:
+    """One update, by the mean gradient of all parts weighted by their `weight`: the whole batch's.
+
+    A step whose loss or gradient norm is not finite changes nothing but the count of those skipped.
+    """
+
+    def step(state, rest, batch, rate):
+        def loss(params, batch, stream):
+            model = nnx.merge(graphdef, params, rest)
+            value, (stream, metrics) = task.loss(model, batch, stream)
+            weight = metrics["weight"]
+            sums = {k: v if k == "weight" else v * weight for k, v in metrics.items()}
+            return value * weight, (sums, stream)
+
+        def part(batch, stream):
+            grads, (sums, stream) = jax.grad(loss, has_aux=True)(state["params"], batch, stream)
+            return (grads, sums), stream
+
+        batches = split_rows(batch, parts)
+        if parts == 1:
+            one = jax.tree.map(lambda x: x[0], (batches, state["stream"]))
+            total, stream = part(*one)
+            stream = jax.tree.map(lambda x: x[None], stream)
+        else:
+            total, stream = add_up(part, batches, state["stream"])
+        weight = total[1].pop("weight")
+        grads, metrics = jax.tree.map(lambda x: x / weight, total)
+
+        norm = optax.tree.norm(grads)
+        updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], updates)
+        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        new = {"params": params, "optimizer": optimizer, "stream": stream}
+        old = {name: state[name] for name in new}
+        new = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
+        new["skipped"] = state["skipped"] + (~fine).astype(jnp.int32)
+        extra = {"weight": weight, "gradient_norm": norm, "skipped": new["skipped"]}
+        return new, metrics | extra
+
+    return step
+
+
+def add_up(part: Callable[..., Any], *over: Any) -> tuple[Any, Any]:
+    """Sum of the first results of `part` along the leading axis; the second ones, stacked."""
+    one = jax.eval_shape(lambda *xs: part(*jax.tree.map(lambda x: x[0], xs))[0], *over)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+
+    def body(total, xs):
+        this, kept = part(*xs)
+        return jax.tree.map(jnp.add, total, this), kept
+
+    return jax.lax.scan(body, zero, over)
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Leaves (B, ...) as (parts, B / parts, ...)."""
+    return jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), tree)
+
+
+def like(state: State, example: Any, convert: Callable[[Any], Any]) -> State:
+    """The state with `convert` applied to every tree in it that is built like `example`."""
+    structure = jax.tree.structure(example)
+
+    def alike(tree):
+        return jax.tree.structure(tree) == structure
+
+    return jax.tree.map(lambda x: convert(x) if alike(x) else x, state, is_leaf=alike)

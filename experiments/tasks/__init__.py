@@ -1,0 +1,74 @@
+"""What the trainer knows of a task; each task is a frozen dataclass in a file of this folder."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from flax import nnx
+
+Batch = dict[str, np.ndarray]
+Metrics = dict[str, Any]
+
+
+# `Task.loss` compiled, without its gradient: (batch, state) -> (metrics, state after the batch)
+Score = Callable[[Batch, Any], tuple[Metrics, Any]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A model, its batches, a loss and an evaluation; the fields are the task's flags."""
+
+    unit: ClassVar[str]
+    """What a batch's weight counts, in the plural."""
+
+    def check(self) -> None:
+        """Read what the flags name; raise a ValueError that says what is wrong with them."""
+        ...
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with its first parameters."""
+        ...
+
+    def batches(self, seed: int, step: int) -> Batch:
+        """The arrays of a step, rows leading: a pure function, so resuming replays nothing."""
+        ...
+
+    def init_state(self, model: Any) -> Any:
+        """The state that is carried from batch to batch, rows leading; None if there is none."""
+        ...
+
+    def loss(self, model: Any, batch: Any, state: Any) -> tuple[Any, tuple[Any, Metrics]]:
+        """(mean loss, (the state after the batch, metrics)).
+
+        The metrics are means over the batch, `loss` among them, and `weight`, the number of things
+        (tokens) that they are means over.
+        """
+        ...
+
+    def derived(self, loss: float) -> dict[str, float]:
+        """The loss in other units, for logs and the progress line."""
+        ...
+
+    def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
+        """Held-out metrics, `loss` among them; a fuller evaluation at the end of a run."""
+        ...
+
+    def report(self, model: Any, heldout: dict[str, float], run: str) -> str:
+        """What is printed at the end of a run."""
+        ...
+
+    def files(self) -> dict[str, str]:
+        """Texts that a checkpoint needs besides its config, by file name."""
+        ...
+
+    def decayed(self, params: Any) -> Any:
+        """A tree like the parameters: True where weight decay applies."""
+        ...
+
+    def by_layer(self, params: Any) -> dict[str, Any]:
+        """Parameters under names that do not depend on how the model is run."""
+        ...
+
+    def from_layers(self, flat: dict[str, Any]) -> Any:
+        """The inverse of `by_layer`."""
+        ...

@@ -1,0 +1,152 @@
+"""Language modelling: predict the next token of text, documents packed with `reset`."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ...models import LM, LMConfig, by_layer, decayed, from_layers
+from ...models.pattern import parse
+from .. import data as texts
+from ..order2 import order2_bits_per_byte
+from ..sampling import Choice, Generator
+from . import Batch, Metrics, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class LMTask:
+    """A decoder and the text that it learns."""
+
+    unit: ClassVar[str] = "tokens"
+
+    rows: int = 16
+    """Sequences a step, all parts of an accumulated step together."""
+    length: int = 256
+    """Tokens of a training sequence."""
+    stream_state: bool = False
+    """Each row goes on where it ended a step before, with the state it ended in (truncated
+    backpropagation through time); not for attention without a window."""
+    heldout_batches: int = 24
+    """Batches of a validation, spread over the held-out text; 0: all of it."""
+    final_batches: int = 0
+    """Batches of the evaluation at the end of the run; 0: all held-out text."""
+    model: LMConfig = field(default_factory=LMConfig)
+    """The decoder."""
+    data: texts.DataConfig = field(default_factory=texts.DataConfig)
+    """The text."""
+
+    def __post_init__(self):
+        for name, least in (("rows", 1), ("length", 1), ("heldout_batches", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
+
+    @functools.cached_property
+    def corpus(self) -> texts.Corpus:
+        return texts.corpus(**vars(self.data))
+
+    def check(self) -> None:
+        """Read the corpus; raise ValueError for what does not go together."""
+        kinds = parse(self.model.pattern, self.model.depth)
+        endless = self.model.attention.window is None and "attention" in {k.mixer for k in kinds}
+        if self.stream_state and endless:
+            raise ValueError(
+                f"stream_state with pattern {self.model.pattern!r}: attention without a window has "
+                "no state of fixed size; set --model.attention.window"
+            )
+        if self.corpus.vocab > self.model.vocab:
+            raise ValueError(
+                f"model.vocab={self.model.vocab}, but the corpus has {self.corpus.vocab} tokens"
+            )
+
+    def build(self, rngs: nnx.Rngs) -> LM:
+        return LM(self.model, rngs=rngs)
+
+    def batches(self, seed: int, step: int) -> Batch:
+        read = texts.streams if self.stream_state else texts.windows
+        return read(self.corpus.train, seed, step, batch=self.rows, length=self.length)
+
+    def init_state(self, model: LM) -> Any:
+        if not self.stream_state:
+            return None
+        # a ring of the window's size serves documents of any length
+        return model.init_state(self.rows, self.model.attention.window or 1)
+
+    def loss(self, model: LM, batch: Any, state: Any) -> tuple[Any, tuple[Any, Metrics]]:
+        """Mean nats of the next token, over the tokens that have weight."""
+        nll, state, aux = model.nll(
+            batch["tokens"], batch["targets"], state=state, reset=batch["reset"]
+        )
+        weights = batch["weights"]
+        weight = weights.sum()
+        # what has no weight may be anything, nan too
+        loss = jnp.where(weights > 0, nll * weights, 0).sum() / jnp.where(weight, weight, 1)
+        metrics = {"loss": loss, "weight": weight} | {k: v.mean() for k, v in aux.items()}
+        return loss, (state if self.stream_state else None, metrics)
+
+    def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
+        """Mean loss and bits per byte of held-out text, rows fresh or streaming as in training."""
+        source, shape = self.corpus.heldout, {"batch": self.rows, "length": self.length}
+        available = texts.evaluation_steps(source, **shape)
+        count = (self.final_batches if final else self.heldout_batches) or available
+        count = min(count, available)
+        total = weight = 0.0
+        state = None
+        for i in range(count):
+            # a state needs batches that go on from each other; without one they are spread
+            index = i if self.stream_state else i * available // count
+            metrics, state = score(texts.evaluation(source, index, **shape), state)
+            total += float(metrics["loss"]) * float(metrics["weight"])
+            weight += float(metrics["weight"])
+        return {"loss": total / weight} | self._bits(total / weight, source)
+
+    def derived(self, loss: float) -> dict[str, float]:
+        """Bits per byte, where the text's size in bytes is known."""
+        return self._bits(loss, self.corpus.train)
+
+    def _bits(self, loss: float, source: texts.Source) -> dict[str, float]:
+        per_token = source.bytes_per_token
+        return {"bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
+
+    def files(self) -> dict[str, str]:
+        if self.data.tokenizer is None:
+            return {}
+        return {"tokenizer.json": Path(self.data.tokenizer).read_text("utf-8")}
+
+    def decayed(self, params: Any) -> Any:
+        return decayed(params)
+
+    def by_layer(self, params: Any) -> dict[str, Any]:
+        return by_layer(self.model, params)
+
+    def from_layers(self, flat: dict[str, Any]) -> Any:
+        return from_layers(self.model, flat)
+
+    def report(self, model: LM, heldout: dict[str, float], run: str) -> str:
+        """A sample, what to type next, and last how well held-out text is predicted."""
+        lines = []
+        tokenizer = self.corpus.tokenizer
+        if tokenizer is not None:
+            prompt = self.corpus.heldout.read(0, min(48, len(self.corpus.heldout)))
+            generator = Generator(model)
+            context = generator.start([prompt], len(prompt) + 250, seed=0, chunk=len(prompt))
+            drawn, _ = generator.generate(context, 250, Choice(temperature=0.8))
+            lines += ["sample (held-out text >>> what the model makes of it):", ""]
+            lines += [f"{tokenizer.decode(prompt)}>>>{tokenizer.decode(drawn[0])}", ""]
+        lines += [
+            "try next:",
+            f"  python -m scanax.experiments.generate --checkpoint {run} --prompt 'def '",
+            f"  python -m scanax.experiments.evaluate --checkpoint {run}",
+            f"  python -m scanax.experiments.train --run {run} --resume --minutes 30",
+            "",
+        ]
+        if "bits_per_byte" not in heldout:
+            return "\n".join([*lines, f"held-out loss: {heldout['loss']:.3f} nats per token"])
+        if self.corpus.vocab == 256:
+            order2 = order2_bits_per_byte(self.corpus.train, self.corpus.heldout)
+            lines.append(f"order-2 model: {order2:.2f}")
+        return "\n".join([*lines, f"held-out bits per byte: {heldout['bits_per_byte']:.2f}"])

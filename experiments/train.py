@@ -1,0 +1,219 @@
+"""Train a task: `python experiments/train.py --help`, or `python -m scanax.experiments.train`.
+
+In the run's folder: config.json, one folder a checkpoint, metrics.jsonl, tensorboard, loss.png.
+"""
+
+import os
+import sys
+
+if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # else experiments/evaluate.py stands before the library of that name
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from scanax.experiments import checkpoint, flags, metrics, plot
+from scanax.experiments.config import TrainConfig, differences, read, to_json
+from scanax.experiments.optimizer import learning_rate
+from scanax.experiments.saving import SaveError, Saver
+from scanax.experiments.step import Program, State, build, like, placement
+
+
+@dataclasses.dataclass
+class Run:
+    """Where a run stands."""
+
+    config: TrainConfig
+    program: Program
+    state: State
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Seconds of training, earlier processes included."""
+    saved: int | None = None
+    """The step of the last checkpoint."""
+
+    @property
+    def part(self) -> float:
+        """How much of the run is done, 0 to 1: by steps or by minutes, whichever is further on."""
+        steps, minutes = self.config.steps, self.config.minutes
+        by_steps = self.step / steps if steps else 0.0
+        return min(1.0, max(by_steps, self.seconds / (60 * minutes) if minutes else 0.0))
+
+
+def main(args: list[str] | None = None) -> int:
+    """0: trained, or saved at a signal. 2: a flag is wrong, nothing written. 1: saving failed."""
+    try:
+        config = flags.train(sys.argv[1:] if args is None else args)
+        run = prepare(config)
+    except (ValueError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(run)
+    except (SaveError, OSError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Find out all that can be wrong with the flags; nothing is written."""
+    task, folder = config.task, config.folder
+    if config.steps is None and config.minutes is None:
+        raise ValueError("neither --steps nor --minutes is given; training needs an end")
+    if not config.resume and os.path.lexists(folder):
+        raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
+    metrics.check(config)
+    task.check()
+    batch = task.batches(config.seed, 0)
+    rows = len(jax.tree.leaves(batch)[0])
+    if rows % config.accumulate:
+        raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
+    program, state = build(task, config.optimizer, config.seed, config.accumulate)
+    run = Run(config, program, state)
+    if config.resume:
+        restore(run)
+    # traced here, once for all steps, so that a model that cannot run is known now
+    jax.eval_shape(program.step, run.state, program.rest, batch, np.float32(0))
+    return run
+
+
+def restore(run: Run) -> None:
+    """Go on from a checkpoint of the run's folder; from the start if it was killed before one."""
+    config, task, params = run.config, run.config.task, run.state["params"]
+    for change in differences(config, read(config.folder / "config.json")):
+        if not change.startswith(("run is ", "resume is ", "step is ")):
+            print(f"train: resuming with {change}", file=sys.stderr)
+    if not checkpoint.steps(config.folder):
+        return
+    saved = jax.eval_shape(lambda state: like(state, params, task.by_layer), run.state)
+    run.state = {}  # its memory is needed
+    found = checkpoint.restore(config.folder, saved, config.step)
+    state = like(found.state, saved["params"], task.from_layers)
+    run.state = jax.device_put(state, placement())
+    run.step = run.saved = found.step
+    run.seconds = found.metadata["seconds"]
+
+
+def train(run: Run) -> None:
+    """The training loop. There is no other."""
+    config, task, program = run.config, run.config.task, run.program
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
+    saver = Saver(
+        config.folder,
+        to_json(config),
+        keep=config.keep,
+        resumed=run.saved,
+        files=task.files(),
+    )
+    recorder = metrics.Recorder(config, run.step, run.part)
+    first, start = run.step, time.monotonic() - run.seconds
+    with signals() as stopped, contextlib.closing(recorder), trace(config) as tracing:
+        while run.part < 1 and not stopped():
+            tracing(run.step - first)
+            batch = jax.device_put(task.batches(config.seed, run.step), placement())
+            rate = learning_rate(config.optimizer, run.step, run.part)
+            run.state, numbers = program.step(run.state, program.rest, batch, np.float32(rate))
+            run.step, run.seconds = run.step + 1, time.monotonic() - start
+            row = {"step": run.step, "seconds": run.seconds, "learning_rate": rate}
+            recorder.step(row, numbers, run.part)
+            if run.part == 1:
+                break
+            if due(run.step, config.validate_every):
+                save(run, saver, recorder, validate(run, recorder))
+            elif due(run.step, config.save_every):
+                save(run, saver, recorder)
+        save(run, saver, recorder, None if stopped() else validate(run, recorder))
+        saver.wait()
+    if stopped():
+        print(f"stopped; step {run.step} is saved and --resume goes on from it", file=sys.stderr)
+        return
+    finish(run)
+
+
+def validate(run: Run, recorder: metrics.Recorder) -> float:
+    """The loss on held-out data."""
+    heldout = run.config.task.evaluate(score(run))
+    recorder.add(heldout)
+    return heldout["loss"]
+
+
+def score(run: Run) -> Callable:
+    return partial(run.program.score, run.state["params"], run.program.rest)
+
+
+def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | None = None) -> None:
+    """A checkpoint of this step, unless it has one; log rows up to it are written first."""
+    recorder.flush()
+    if run.step != run.saved:
+        state = like(run.state, run.state["params"], run.config.task.by_layer)
+        saver.save(run.step, state, {"seconds": run.seconds}, metric=heldout)
+        run.saved = run.step
+
+
+def finish(run: Run) -> None:
+    """Draw the loss curve and print what the task has to say."""
+    config, task = run.config, run.config.task
+    if config.plot:
+        print(f"\nloss curve: {plot.loss_curve(config.folder, task.unit)}")
+    heldout = task.evaluate(score(run), final=True)
+    print(task.report(run.program.model(run.state), heldout, str(config.folder)), flush=True)
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C has come: the step under way is finished and saved.
+
+    A second one finds the handler of before, and ends the process at once.
+    """
+    asked, before = [], {}
+
+    def ask(kind, _):
+        asked.append(kind)
+        signal.signal(kind, before[kind])
+
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        before[kind] = signal.signal(kind, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def trace(config: TrainConfig) -> Iterator[Callable[[int], None]]:
+    """With --profile, a trace of this process's steps 5 to 10; told before each how many it did."""
+    running = False
+
+    def tell(done: int) -> None:
+        nonlocal running
+        if config.profile and done == 5:
+            jax.profiler.start_trace(str(config.folder / "profile"))
+            running = True
+        elif running and done == 10:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield tell
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Devices: meshes, rules and the schedules over them. Knows monoids, knows no layer."""

@@ -1,0 +1,31 @@
+"""How every test runs: on the CPU, with signatures checked, and with compilations kept."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported, and through the environment, so that a test's subprocesses have it too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "PJRT_NPROC", "1"
+)  # threads of one process: the processes are what is parallel
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scanax" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+
+import jaxtyping
+import pytest
+
+# The shapes and dtypes of every signature are checked, wherever a test comes by.
+jaxtyping.install_import_hook("scanax", "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked():
+    """Signatures are not checked, so that our own error is the one that is raised."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

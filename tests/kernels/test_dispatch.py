@@ -1,0 +1,92 @@
+"""A named implementation runs or says why not; unnamed, the first that accepts; record() tells."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scanax.kernels import linear_attention, selective_scan
+from scanax.kernels.dispatch import Implementation, call, record
+
+
+def short_only(x):
+    return None if x.shape[0] < 4 else f"length {x.shape[0]} is over 3"
+
+
+FORMS = {
+    "fast": Implementation(lambda x: 2 * x, short_only),
+    "slow": Implementation(lambda x: x + x),
+}
+SHORT, LONG = np.ones(3, np.float32), np.ones(9, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "expected"),
+    [(None, SHORT, "fast"), (None, LONG, "slow"), ("slow", SHORT, "slow"), ("fast", SHORT, "fast")],
+)
+def test_the_one_that_runs(name, x, expected):
+    with record() as ran:
+        call("double", FORMS, name, x)
+    assert ran == [("double", expected)]
+
+
+def test_a_named_one_that_refuses_says_why_and_nothing_else_runs():
+    with record() as ran, pytest.raises(NotImplementedError, match="fast: length 9 is over 3"):
+        call("double", FORMS, "fast", LONG)
+    assert ran == []
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(
+        NotImplementedError, match=r"double has no implementation 'quick'.*fast, slow"
+    ):
+        call("double", FORMS, "quick", SHORT)
+
+
+def test_all_refuse():
+    forms = {n: Implementation(lambda x: x, lambda x, n=n: f"{n} cannot") for n in "ab"}
+    with pytest.raises(NotImplementedError, match="a: a cannot; b: b cannot"):
+        call("double", forms, None, SHORT)
+
+
+def test_records_nest_and_end():
+    with record() as outer:
+        call("double", FORMS, None, SHORT)
+        with record() as inner:
+            call("double", FORMS, None, LONG)
+    call("double", FORMS, None, SHORT)
+    assert inner == [("double", "slow")]
+    assert outer == [("double", "fast"), ("double", "slow")]
+
+
+def test_a_compiled_function_is_listed_when_traced():
+    double = jax.jit(lambda x: call("double", FORMS, None, x))
+    with record() as first:
+        double(SHORT)
+    with record() as second:
+        double(SHORT)
+    assert (first, second) == ([("double", "fast")], [])
+
+
+def linear(**how):
+    x = jnp.ones((1, 3, 1, 2), jnp.float32)
+    reset = jnp.zeros((1, 3), bool)
+    return linear_attention(x, x, x, jnp.zeros(1, jnp.float32), reset=reset, **how)
+
+
+def selective(**how):
+    x = jnp.ones((1, 3, 2), jnp.float32)
+    return selective_scan(x, x, -jnp.ones((2, 2), jnp.float32), x, x, **how)
+
+
+@pytest.mark.parametrize("op", [linear, selective])
+def test_operations_run_what_was_asked(op):
+    name = {linear: "linear_attention", selective: "selective_scan"}[op]
+    for asked in ("reference", "associative", "xla"):
+        with record() as ran:
+            op(implementation=asked)
+        assert ran == [(name, asked)]
+    with record() as ran:
+        op()
+    assert ran == [(name, "xla")]
+    with pytest.raises(NotImplementedError, match=f"{name} has no implementation 'cuda'"):
+        op(implementation="cuda")
