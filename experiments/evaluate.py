@@ -25,7 +25,6 @@ from flax import nnx
 from scanax.experiments import data as texts
 from scanax.experiments import flags
 from scanax.experiments.loading import Loaded, load, parse_step
-from scanax.layers.position import positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,9 @@ def measure(score: Score, source: texts.Source, rows: int, length: int, tokens: 
     for i in tqdm.tqdm(range(count), desc=f"length {length}", leave=False, disable=None):
         batch = texts.evaluation(source, i * available // count, batch=rows, length=length)
         nll, counted = score(batch), batch["weights"] > 0
-        bucket = np.frexp(positions(length, None, batch["reset"])[0])[1][counted]
+        place = np.arange(length)
+        place = place - np.maximum.accumulate(np.where(batch["reset"], place, 0), axis=1)
+        bucket = np.frexp(place)[1][counted]
         total += np.bincount(bucket, nll[counted], total.size)
         weight += np.bincount(bucket, minlength=total.size)
     if not weight.sum():

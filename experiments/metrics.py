@@ -1,5 +1,6 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, W&B, a progress line."""
 
+import importlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ def check(config: TrainConfig) -> None:
     for name, asked, extra, without in wanted:
         try:
             if asked:
-                __import__(name)
+                importlib.import_module(name)
         except ImportError:
             raise ValueError(
                 f"the package {name} is missing: pip install 'scanax[{extra}]', or give {without}"
@@ -65,9 +66,7 @@ class Log:
                 str(folder / "tensorboard"), purge_step=step + 1
             )
         if config.wandb:
-            import wandb
-
-            self.wandb = wandb.init(
+            self.wandb = importlib.import_module("wandb").init(
                 project=config.wandb,
                 id=folder.name,
                 dir=str(folder),

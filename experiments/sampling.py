@@ -88,7 +88,10 @@ class Generator:
 
     def __init__(self, model: nnx.Module):
         self.model = model
-        self.graphdef, self.variables = nnx.split(model)
+        self.graphdef, variables = nnx.split(model)
+        # Everything is put here by name: jit compiles once more for what is only there by default.
+        self.device = jax.devices()[0]
+        self.variables = jax.device_put(variables, self.device)
         self.feed = jax.jit(self._feed, donate_argnums=1)
         self.loop = jax.jit(self._loop, static_argnums=(0, 1, 2), donate_argnums=4)
         self.each: Callable[[np.ndarray], None] | None = None
@@ -122,13 +125,14 @@ class Generator:
         it runs.
         """
         self.each = each
+        context = jax.device_put(context, self.device)
         tokens, context = self.loop(count, how, each is not None, self.variables, context)
         jax.effects_barrier()
         return np.asarray(tokens), context
 
     def _read(self, state, tokens, reset, chunk):
         """By pieces of `chunk` tokens, the first one shorter: at most two compiled shapes."""
-        logits, begin = None, 0
+        logits, begin, state = None, 0, jax.device_put(state, self.device)
         while begin < tokens.shape[1]:
             end = begin + ((tokens.shape[1] - begin) % chunk or chunk)
             logits, state = self.feed(

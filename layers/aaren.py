@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.attention import fixed_query
 from ..kernels.monoid import LOWEST
+from .linear import Linear
 
 State = dict[str, Array]
 
@@ -49,13 +50,12 @@ class Aaren(nnx.Module):
         self.heads, self.head_width, self.dtype = (config.heads, width // config.heads, dtype)
 
         def linear(gain=1.0):
-            return nnx.Linear(
+            return Linear(
                 width,
                 width,
                 use_bias=config.bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                precision="highest",
                 kernel_init=nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform"),
                 rngs=rngs,
             )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.attention import attention
 from . import cache
+from .linear import Linear
 from .position import positions, rotary_angles, rotary_frequencies, rotate_half
 
 State = dict[str, Array]
@@ -74,13 +75,12 @@ class Attention(nnx.Module):
 
         def linear(din, dout, bias, gain=1.0):
             init = nnx.initializers.normal(gain * config.init_std)
-            return nnx.Linear(
+            return Linear(
                 din,
                 dout,
                 use_bias=bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                precision="highest",
                 kernel_init=init,
                 rngs=rngs,
             )

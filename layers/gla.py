@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels import linear_attention
 from .conv import ShortConv
+from .linear import Linear
 from .norm import RMSNorm
 
 
@@ -74,7 +75,7 @@ class GLA(nnx.Module):
         if config.init_std is not None:
             small = plain = nnx.initializers.normal(config.init_std)
         kinds = {"param_dtype": param_dtype, "rngs": rngs}
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, precision="highest", **kinds)
+        linear = partial(Linear, use_bias=False, dtype=dtype, **kinds)
         self.q = linear(width, keys, kernel_init=small)
         self.k = linear(width, self.groups * self.key, kernel_init=small)
         self.v = linear(width, self.groups * self.value, kernel_init=plain)

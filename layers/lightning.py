@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from ..kernels import linear_attention
 from . import decay
 from .constant import Constant
+from .linear import Linear
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import positions
 
@@ -70,11 +71,10 @@ class Lightning(nnx.Module):
         self.size = config.head_width or width // heads
         inner = heads * self.size
         linear = partial(
-            nnx.Linear,
+            Linear,
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
-            precision="highest",
             kernel_init=nnx.initializers.normal(config.init_std),
             rngs=rngs,
         )

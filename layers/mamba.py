@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.selective_scan import selective_scan
 from .conv import ShortConv
+from .linear import Linear
 from .norm import RMSNorm, rms_norm
 
 State = dict[str, Array]
@@ -73,9 +74,7 @@ class Mamba(nnx.Module):
 
         def linear(din, dout, bias=False, gain=1.0):
             init = nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform")
-            return nnx.Linear(
-                din, dout, use_bias=bias, precision="highest", kernel_init=init, **kinds
-            )
+            return Linear(din, dout, use_bias=bias, kernel_init=init, **kinds)
 
         self.x, self.z = (linear(width, inner, config.bias), linear(width, inner, config.bias))
         self.conv = ShortConv(inner, config.conv, config.conv_bias, **kinds)

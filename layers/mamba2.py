@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.linear_attention import linear_attention
 from .conv import ShortConv
+from .linear import Linear
 from .mamba import dt_bias
 from .norm import rms_norm
 
@@ -82,9 +83,7 @@ class Mamba2(nnx.Module):
 
         def linear(din, dout, gain=1.0):
             init = nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform")
-            return nnx.Linear(
-                din, dout, use_bias=config.bias, precision="highest", kernel_init=init, **kinds
-            )
+            return Linear(din, dout, use_bias=config.bias, kernel_init=init, **kinds)
 
         def conv(channels):
             return ShortConv(channels, config.conv, config.conv_bias, **kinds)

@@ -8,6 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .linear import Linear
+
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
@@ -97,13 +99,12 @@ def _projections(config, layers, dtype, param_dtype, rngs):
         init = nnx.initializers.variance_scaling(shrink**2 / 3, "fan_in", "uniform")
         if config.init_std is not None:
             init = nnx.initializers.normal(config.init_std * shrink)
-        return nnx.Linear(
+        return Linear(
             size,
             features,
             use_bias=config.bias,
             dtype=dtype,
             param_dtype=param_dtype,
-            precision="highest",
             kernel_init=init,
             rngs=rngs,
         )

