@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-
 from scanax.kernels import attention, fixed_query, linear_attention, selective_scan
 
 

@@ -187,26 +187,27 @@ def write(
     """Generate, and print: a single text while it grows, several when they are done."""
     how = Choice(config.temperature, config.top_k, config.top_p)
     rows, times = len(context.drawn), [time.monotonic()]
-    show = printer(loaded.tokenizer.decode)
-    if rows == 1 and prompts:
-        show(prompts[0])
+    if rows == 1:
+        show = printer(loaded.tokenizer.decode)
+        if prompts:
+            show(prompts[0])
 
-    def each(tokens):
-        times[1:] = [*times[1:2], time.monotonic()]  # of the start, the first and the last
-        if rows == 1:
+        def each(tokens):
+            times.append(time.monotonic())
             show(tokens)
 
-    tokens, context = generator.generate(context, config.tokens, how, each)
-    if rows == 1:
+        _, context = generator.generate(context, config.tokens, how, each)
         show(None)
     else:
+        tokens, context = generator.generate(context, config.tokens, how)
         for row, continued in enumerate(tokens):
             text = np.concatenate([prompts[row], continued]) if prompts else continued
             print(f"--- {row}\n{loaded.tokenizer.decode(text)}")
-    if config.tokens > 1:
-        speed = rows * (config.tokens - 1) / (times[-1] - times[1])
-        first = f"first after {times[1] - times[0]:.1f} s, compilation included"
-        print(f"{tokens.size} tokens: {first}, then {speed:.0f} per second", file=sys.stderr)
+    spent = time.monotonic() - times[0]
+    said = f"{rows * config.tokens} tokens in {spent:.1f} s, compilation included"
+    if len(times) > 2:
+        said += f"; {len(times[2:]) / (times[-1] - times[1]):.0f} per second after the first"
+    print(said, file=sys.stderr)
     return context
 
 

@@ -42,10 +42,13 @@ class Run:
 
     @property
     def part(self) -> float:
-        """How much of the run is done, 0 to 1: by steps or by minutes, whichever is further on."""
-        steps, minutes = self.config.steps, self.config.minutes
-        by_steps = self.step / steps if steps else 0.0
-        return min(1.0, max(by_steps, self.seconds / (60 * minutes) if minutes else 0.0))
+        return progress(self.config, self.step, self.seconds)
+
+
+def progress(config: TrainConfig, step: int, seconds: float) -> float:
+    """How much of a run is done, 0 to 1: by steps or by minutes, whichever is further on."""
+    by_steps = step / config.steps if config.steps else 0.0
+    return min(1.0, max(by_steps, seconds / (60 * config.minutes) if config.minutes else 0.0))
 
 
 def main(args: list[str] | None = None) -> int:

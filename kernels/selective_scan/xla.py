@@ -15,8 +15,6 @@ A document's first token takes nothing from the state before it and passes nothi
 nan, so that packed documents need no further isolation.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -38,8 +36,7 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
     return y[:, :time], jnp.swapaxes(state, 1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(chunk, tokens, A, D, state):
+def _values(chunk, tokens, A, D, state):
     """u, delta (B, T, D), B, C (B, T, N), reset (B, T) or None; A (N, D), state (B, N, D)."""
     return _forward(chunk, tokens, A, D, state)[0]
 
@@ -103,6 +100,7 @@ def _backward(chunk, residuals, cotangents):
     return (*gradients, None), dA.sum(0), dD, dstate
 
 
+_scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
 _scan.defvjp(_forward, _backward)
 
 

@@ -27,10 +27,11 @@ from scanax.experiments.tasks import Task
 from scanax.experiments.tasks.lm import LMTask
 from support.compare import close
 
-SMALL = "--model.width 16 --model.depth 2 --model.gla.heads 2 --model.attention.heads 2 "
-SMALL += "--rows 4 --length 12 --heldout-batches 2 --final-batches 3 --log-every 1 "
-MIXED = "--model.pattern gla+swiglu,attention+gelu --model.attention.window 5 "
-STREAM = MIXED + "--stream-state --accumulate 2 "
+SMALL = "--model.pattern gla+swiglu --model.width 16 --model.depth 2 --model.gla.heads 2 "
+SMALL += "--model.attention.heads 2 --rows 4 --length 12 "
+SMALL += "--heldout-batches 2 --final-batches 3 --log-every 1 "
+STREAM = "--model.pattern gla+swiglu,attention+gelu --model.attention.window 5 "
+STREAM += "--stream-state --accumulate 2 "
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_the_rate_warms_up_and_falls_to_its_end():
 )
 def test_steps_and_minutes_whichever_is_further_on(minutes, steps, part):
     settings = config.TrainConfig(task=LMTask(), steps=steps, minutes=minutes)
-    assert train.Run(settings, None, {}, step=5, seconds=60.0).part == part
+    assert train.progress(settings, 5, 60.0) == part
 
 
 @pytest.mark.parametrize("name", flags.files() + list(flags.PRESETS))
@@ -280,13 +281,13 @@ def test_a_save_that_fails_ends_the_run_with_1(texts, tmp_path, capsys, monkeypa
         raise SaveError("the disk is full")
 
     monkeypatch.setattr(Saver, "save", fail)
-    assert train.main(args(texts, tmp_path / "r", MIXED)) == 1
+    assert train.main(args(texts, tmp_path / "r", STREAM)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "train: the disk is full"
 
 
 def test_sigterm_saves_and_exits_0(texts, tmp_path):
     run, script = tmp_path / "run", Path(train.__file__)
-    command = [sys.executable, str(script), *args(texts, run, MIXED), "--steps", "1000000"]
+    command = [sys.executable, str(script), *args(texts, run, STREAM), "--steps", "1000000"]
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, cwd=script.parent)
         try:
