@@ -1,11 +1,11 @@
 """Chunkwise linear attention: a scan over small chunks, exact for every decay.
 
-Inside a chunk every pair of tokens j < i parts at one node of a binary tree over the chunk, i in the
-right child and j in the left. The decay between them is what i sees from the start of the right
+Inside a chunk every pair of tokens j < i parts at one node of a binary tree over the chunk, i in
+the right child and j in the left. The decay between them is what i sees from the start of the right
 child times what j has left to the end of the left child, exp(prefix_i) exp(suffix_j): two sums of
-non-positive logs, so nothing overflows and, unlike a difference of cumulative sums, nothing cancels.
-That is the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single tokens;
-each level of the tree is one masked matrix product. A chunk is small enough to stay in cache.
+non-positive logs, so nothing overflows and, unlike in a difference of cumulative sums, nothing
+cancels. That is the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single
+tokens; each level of the tree is one masked matrix product, and a chunk is small enough for a cache.
 """
 
 from functools import lru_cache, partial
@@ -37,15 +37,14 @@ def tree(size):
 
 def linear_attention(q, k, v, log_decay, state, reset, chunk):
     """The public function's arguments after its checks; `chunk` None chooses by measurement."""
-    (B, T, _, K), H = q.shape, state.shape[1]
+    T, H = q.shape[1], state.shape[1]
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, H))
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
-    vector = log_decay.shape[-1] == K and K > 1
     if chunk is None:
         on_cpu = jax.default_backend() == "cpu"
-        chunk = (16 if vector else 32) if on_cpu else 64
+        chunk = (16 if log_decay.shape[-1] > 1 else 32) if on_cpu else 64
     size = min(chunk, T)
     padding = -T % size
 
@@ -115,7 +114,7 @@ class Chunk:
         return self.only("same", jnp.sum(jnp.where(self.pairs, parts, 0), axis=0) + own)
 
     def scores_pull(self, d, d_T):
-        """Gradients of q and k from that of `scores` off the diagonal, given plain and transposed."""
+        """Gradients of q and k from that of `scores`, plain and transposed, off the diagonal."""
         d, d_T = self.only("same", d), self.only("same", d_T)
         if not self.vector:
             d, d_T = d * self.weight, d_T * self.weight.swapaxes(-1, -2)

@@ -1,6 +1,7 @@
 """Every schedule of every mixer is the token recurrence: values and all gradients."""
 
 from functools import cache
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def test_prefill_then_decode_is_the_whole(name):
     run = jax.jit(mixer.run)
     y, final = run(f32, reset)
     state, pieces = f32["state"], []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         part = {
             "tokens": jax.tree.map(lambda x: x[:, begin:end], f32["tokens"]),  # noqa: B023
             "shared": f32["shared"],
