@@ -150,7 +150,7 @@ def ready(
                 "window, so its state does not grow"
             )
         needed = longest + config.tokens
-        room = config.context or needed if grows else needed
+        room = config.context or needed if grows else model.attention.window or 1
         if grows and room < needed:
             raise ValueError(
                 f"context={room} is too small for a prompt of {longest} tokens and {config.tokens} "

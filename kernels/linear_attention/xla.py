@@ -5,7 +5,7 @@ the right child and j in the left. The decay between them is what i sees from th
 child times what j has left to the end of the left child, exp(prefix_i) exp(suffix_j): two sums of
 non-positive logs, so nothing overflows and, unlike in a difference of cumulative sums, nothing
 cancels. That is the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single
-tokens; each level of the tree is one masked matrix product, and a chunk is small enough for a cache.
+tokens: each level of the tree is one masked matrix product, and a chunk stays in cache.
 """
 
 from functools import lru_cache, partial
