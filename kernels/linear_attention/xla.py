@@ -187,12 +187,12 @@ def _backward(size, residuals, cotangents):
     return (*(_join(d).astype(x.dtype) for d, x in grads), d_state, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(size, q, k, v, log_decay, state, reset):
+def _outputs(size, q, k, v, log_decay, state, reset):
     """y in the state's dtype and the final state, for T a multiple of `size`."""
     return _forward(size, q, k, v, log_decay, state, reset)[0]
 
 
+_chunkwise = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _chunkwise.defvjp(_forward, _backward)
 
 
