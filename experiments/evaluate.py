@@ -25,6 +25,7 @@ from flax import nnx
 from scanax.experiments import data as texts
 from scanax.experiments import flags
 from scanax.experiments.loading import Loaded, load, parse_step
+from scanax.models import LM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
 Score = Callable[[texts.Batch], np.ndarray]
 
 
-def scorer(model: nnx.Module) -> Score:
+def scorer(model: LM) -> Score:
     """Nats of every target of a batch."""
     graphdef, variables = nnx.split(model)
 

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scanax.experiments import flags, saved_state
@@ -187,8 +188,9 @@ def write(
     """Generate, and print: a single text while it grows, several when they are done."""
     how = Choice(config.temperature, config.top_k, config.top_p)
     rows, times = len(context.drawn), [time.monotonic()]
+    tokenizer: Any = loaded.tokenizer
     if rows == 1:
-        show = printer(loaded.tokenizer.decode)
+        show = printer(tokenizer.decode)
         if prompts:
             show(prompts[0])
 
@@ -202,7 +204,7 @@ def write(
         tokens, context = generator.generate(context, config.tokens, how)
         for row, continued in enumerate(tokens):
             text = np.concatenate([prompts[row], continued]) if prompts else continued
-            print(f"--- {row}\n{loaded.tokenizer.decode(text)}")
+            print(f"--- {row}\n{tokenizer.decode(text)}")
     spent = time.monotonic() - times[0]
     said = f"{rows * config.tokens} tokens in {spent:.1f} s, compilation included"
     if len(times) > 2:
@@ -234,5 +236,6 @@ if __name__ == "__main__":
     # The loop is one compiled call, in which Python would not see Ctrl-C, nor a reader that left.
     for name in ("SIGINT", "SIGPIPE"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="replace")
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     sys.exit(main())

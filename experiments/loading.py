@@ -1,7 +1,7 @@
 """A model back from its checkpoint alone: config, weights, tokenizer."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -23,23 +23,31 @@ class Loaded(NamedTuple):
     tokenizer: Bytes | TokenizerJson | None
 
 
-def parse_step(text: str | None) -> int | str | None:
+Step = int | Literal["best"] | None
+
+
+def parse_step(text: str | None) -> Step:
     """A flag's value as `load` takes it. ValueError for what is neither a number nor `best`."""
-    if text is None or text == "best":
-        return text
+    if text is None:
+        return None
+    if text == "best":
+        return "best"
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"step={text!r} is neither a number nor best")
     return int(text)
 
 
-def load(directory: str | Path, step: int | str | None = None) -> Loaded:
+def load(directory: str | Path, step: Step = None) -> Loaded:
     """The model that was saved at `step`: a number, "best" (lowest held-out loss), None (latest).
 
     Raises ValueError in one line for a directory that is no run, a step it does not have, or a
     damaged checkpoint.
     """
     latest = checkpoint.latest(directory)
-    chosen = checkpoint.best(directory) if step == "best" else latest if step is None else step
+    if isinstance(step, str):
+        chosen = checkpoint.best(directory)
+    else:
+        chosen = latest if step is None else step
     if chosen is None:
         raise ValueError(f"{directory} has no best checkpoint: none was saved with a held-out loss")
     config = from_json(checkpoint.load_config(directory, chosen))

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.experimental import io_callback
 from jaxtyping import Array, Float, Int, UInt32
 
+from ..models import LM
+
 
 class Context(NamedTuple):
     """All that is needed to go on: the model's state, its next logits, and where a draw stands."""
@@ -86,7 +88,7 @@ def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 class Generator:
     """The compiled functions of one model. A context that is given to one of them is used up."""
 
-    def __init__(self, model: nnx.Module):
+    def __init__(self, model: LM):
         self.model = model
         self.graphdef, variables = nnx.split(model)
         # Everything is put here by name: jit compiles once more for what is only there by default.
@@ -94,7 +96,7 @@ class Generator:
         self.variables = jax.device_put(variables, self.device)
         self.feed = jax.jit(self._feed, donate_argnums=1)
         self.loop = jax.jit(self._loop, static_argnums=(0, 1, 2), donate_argnums=4)
-        self.each: Callable[[np.ndarray], None] | None = None
+        self.each: Callable[[np.ndarray], None] = lambda tokens: None
 
     def start(self, prompts: Sequence[np.ndarray], room: int, seed: int, chunk: int) -> Context:
         """Read prompts of any lengths, with room for `room` tokens a row in attention's caches.
@@ -124,7 +126,8 @@ class Generator:
         The whole loop is one compiled call; `each` is called with every step's tokens (B,) while
         it runs.
         """
-        self.each = each
+        if each is not None:
+            self.each = each
         context = jax.device_put(context, self.device)
         tokens, context = self.loop(count, how, each is not None, self.variables, context)
         jax.effects_barrier()
@@ -132,7 +135,8 @@ class Generator:
 
     def _read(self, state, tokens, reset, chunk):
         """By pieces of `chunk` tokens, the first one shorter: at most two compiled shapes."""
-        logits, begin, state = None, 0, jax.device_put(state, self.device)
+        logits: Any = None
+        begin, state = 0, jax.device_put(state, self.device)
         while begin < tokens.shape[1]:
             end = begin + ((tokens.shape[1] - begin) % chunk or chunk)
             logits, state = self.feed(

@@ -1,18 +1,20 @@
-"""Bytes of the Python standard library, four minutes on two cores: what `make train` runs.
+"""Bytes of the Python standard library, four and a half minutes on two cores: `make train`.
 
-Gated linear attention with short convolutions, 1.5 million parameters. The convolutions are what
-makes it fast to learn: without them, and with more parameters, 0.47 million bytes led to 3.06 bits
-per byte held out; with them half as many to about 2.4.
+    150 steps (0.3 million bytes, 182 s of CPU time): 2.39 held-out bits per byte (order 2: 2.63)
+
+Mamba learns most from few bytes: in a rough comparison, gated linear attention of the same size
+stood at 2.61 after 0.48 million bytes with short convolutions (--model.gla.conv 4), and at 3.06
+without.
 """
 
 from scanax.experiments.config import TrainConfig
 from scanax.experiments.optimizer import OptimizerConfig
 from scanax.experiments.tasks.lm import LMTask
-from scanax.models.presets import PRESETS
+from scanax.models import LMConfig
 
 config = TrainConfig(
-    task=LMTask(rows=8, length=256, model=PRESETS["small"]),
-    minutes=4.0,
+    task=LMTask(rows=8, length=256, model=LMConfig(width=160, depth=8, pattern="mamba+none")),
+    minutes=4.5,
     validate_every=100,
-    optimizer=OptimizerConfig(rate=4e-3, warmup=50),
+    optimizer=OptimizerConfig(warmup=20),
 )

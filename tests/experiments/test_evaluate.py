@@ -6,6 +6,7 @@ import math
 import os
 import re
 import resource
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,17 +97,19 @@ def test_figures_are_those_of_a_direct_computation(kind, folder, capsys):
     assert code == 0 and said.err == ""
     assert [r["length"] for r in results["lengths"]] == [LENGTH * n for n in (1, 2, 4, 8)]
     loaded = load(folder / kind)
-    documents = [loaded.tokenizer.encode(text) for text in TEXTS.values()]
+    tokenizer: Any = loaded.tokenizer
+    documents = [tokenizer.encode(text) for text in TEXTS.values()]
     if kind == "words":
-        assert isinstance(loaded.tokenizer, TokenizerJson)
+        assert isinstance(tokenizer, TokenizerJson)
         assert max(map(len, documents)) < len(TEXTS["c.txt"])
     for result in results["lengths"]:
         if result["length"] in (LENGTH, 4 * LENGTH):
             context, nats = direct(loaded.model, documents, result["length"])
             check(result, context, nats)
-            size = sum(len(loaded.tokenizer.decode(d[1:]).encode()) for d in documents)
+            size = sum(len(tokenizer.decode(d[1:]).encode()) for d in documents)
             close(result["bits_per_byte"], nats.sum() / math.log(2) / size, 1e-5)
-        row = re.search(rf"^ *{result['length']} .*$", said.out, re.M)[0].split()
+        row: Any = re.search(rf"^ *{result['length']} .*$", said.out, re.M)
+        row = row[0].split()
         assert float(row[1]) == pytest.approx(result["nats_per_token"], abs=1e-4)
     last = results["lengths"][-1]
     assert [b["to"] for b in last["by_context"]] == [1, 2, 4, 8, 16, 32, 64][
@@ -130,7 +133,7 @@ def check(result, context, nats):
 def test_without_a_text_it_is_what_was_held_out(folder, capsys):
     code, results = run(folder, "words", "--lengths", "1", "--tokens", "0", "--step", "best")
     assert code == 0 and results["step"] == 1 and results["text"].endswith("(held out)")
-    tokenizer = load(folder / "words").tokenizer
+    tokenizer: Any = load(folder / "words").tokenizer
     heldout = [text[-len(text) // 16 :] for text in TEXTS.values()]
     most = sum(len(tokenizer.encode(text)) for text in heldout)
     assert 2 <= results["lengths"][0]["tokens"] <= most

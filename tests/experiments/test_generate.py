@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -178,7 +179,8 @@ def test_every_token_is_streamed_as_it_comes(runs):
         assert np.array_equal(np.stack(heard, 1), tokens)
         streamed.append(tokens)
     assert np.array_equal(np.concatenate(streamed, 1), text(generator, PROMPTS, GREEDY, (N, N)))
-    assert generator.loop._cache_size() == 2  # whole loops, one with a listener and one without
+    loop: Any = generator.loop
+    assert loop._cache_size() == 2  # whole loops, one with a listener and one without
 
 
 def test_the_memory_of_the_loop_does_not_grow_with_the_tokens():
@@ -187,7 +189,7 @@ def test_the_memory_of_the_loop_does_not_grow_with_the_tokens():
     used = []
     for count in (16, 4096):
         loop = generator.loop.lower(count, DRAWN, False, generator.variables, context).compile()
-        memory = loop.memory_analysis()
+        memory: Any = loop.memory_analysis()
         used.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
     tokens = (4096 - 16) * 2 * 4  # which are what is asked for
     assert used[1] - used[0] <= 2 * tokens
