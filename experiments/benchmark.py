@@ -127,7 +127,8 @@ def compile_both(run: Callable, arguments: tuple) -> tuple[Any, Any]:
         return sum(jnp.sum(x * x) for x in jax.tree.leaves(run(*args)))
 
     gradient = jax.grad(loss, argnums=tuple(range(len(arguments))))
-    return tuple(jax.jit(f).lower(*arguments).compile() for f in (run, gradient))
+    forward, both = (jax.jit(f).lower(*arguments).compile() for f in (run, gradient))
+    return forward, both
 
 
 def seconds(call: Callable, arguments: tuple) -> float:
