@@ -12,6 +12,7 @@ does not notice a changed byte in the arrays; the CRC-32s do, and are checked be
 
 import contextlib
 import json
+import math
 import os
 import re
 import zlib
@@ -66,7 +67,8 @@ def best(directory: str | os.PathLike[str]) -> int | None:
     for step in steps(directory):
         with contextlib.suppress(CheckpointError):  # a damaged one is not the best
             found.append((manifest(directory, step)["metric"], step))
-    return min(((m, step) for m, step in found if m is not None), default=(None, None))[1]
+    finite = [(m, step) for m, step in found if m is not None and math.isfinite(m)]
+    return min(finite, default=(None, None))[1]
 
 
 def manifest(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class TrainConfig(Generic[T]):
             raise ValueError(f"steps={self.steps}; it must be at least 1")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes={self.minutes}; it must be more than 0")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed}; it must be less than {2**31}")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")

@@ -30,6 +30,10 @@ class OptimizerConfig:
     """Largest global norm of a gradient; 0 leaves gradients alone."""
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"optimizer.{field.name}={value}; it must be finite")
         for name, least in (("rate", 0.0), ("warmup", 0), ("final", 0.0), ("weight_decay", 0.0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}; at least {least}")

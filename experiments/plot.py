@@ -15,7 +15,8 @@ def loss_curve(folder: Path, unit: str) -> Path:
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     train = [(row["step"], row[name]) for row in rows]
-    held = [(row["step"], row[f"heldout_{name}"]) for row in rows if f"heldout_{name}" in row]
+    held = [(row["step"], row.get(f"heldout_{name}")) for row in rows]
+    held = [(step, value) for step, value in held if value is not None]
     if train:
         axes.plot(*zip(*train, strict=True), color="0.65", linewidth=0.8, label="training batch")
     if held:

@@ -61,6 +61,9 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         train(run)
+    except ValueError as error:  # the text itself: a token outside the vocabulary, say
+        print(f"train: {error}", file=sys.stderr)
+        return 2
     except (SaveError, OSError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
@@ -72,6 +75,8 @@ def prepare(config: TrainConfig) -> Run:
     task, folder = config.task, config.folder
     if config.steps is None and config.minutes is None:
         raise ValueError("neither --steps nor --minutes is given; training needs an end")
+    if config.step is not None and not config.resume:
+        raise ValueError(f"--step {config.step} goes with --resume; the steps to train are --steps")
     if not config.resume and os.path.lexists(folder):
         raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
     metrics.check(config)
@@ -110,7 +115,9 @@ def train(run: Run) -> None:
     """The training loop. There is no other."""
     config, task, program = run.config, run.config.task, run.program
     config.folder.mkdir(parents=True, exist_ok=True)
-    (config.folder / "config.json").write_text(json.dumps(to_json(config), indent=2), "utf-8")
+    new = config.folder / "config.json.new"
+    new.write_text(json.dumps(to_json(config), indent=2), "utf-8")
+    os.replace(new, config.folder / "config.json")  # whole, or the one of before
     saver = Saver(
         config.folder,
         to_json(config),

@@ -1,6 +1,7 @@
 """The one frozen dataclass that a language model is built from."""
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Literal, get_args, get_origin
 
@@ -76,6 +77,25 @@ class LMConfig:
         for name in ("vocab", "vocab_multiple", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+        for each in dataclasses.fields(self):
+            _check_numbers(each.name, getattr(self, each.name))
         if self.loss_chunk < 0:
             raise ValueError(f"loss_chunk={self.loss_chunk}; it must be 0 (all) or more")
         parse(self.pattern, self.depth)
+
+
+MAY_BE_ZERO = ("conv", "lrpe_layers")  # of the mixers' whole numbers; the others are sizes
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Sizes are at least 1 and numbers finite, in the groups of flags too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}; it must be finite")
+    if not dataclasses.is_dataclass(value):
+        return
+    for each in dataclasses.fields(value):
+        inner = getattr(value, each.name)
+        _check_numbers(f"{name}.{each.name}", inner)
+        least = 0 if each.name in MAY_BE_ZERO else 1
+        if isinstance(inner, int) and not isinstance(inner, bool) and inner < least:
+            raise ValueError(f"{name}.{each.name}={inner}; it must be at least {least}")

@@ -13,7 +13,12 @@ from scanax.experiments.tasks.lm import LMTask
 from scanax.models import LMConfig
 
 config = TrainConfig(
-    task=LMTask(rows=8, length=256, model=LMConfig(width=160, depth=8, pattern="mamba+none")),
+    task=LMTask(
+        rows=8,
+        length=256,
+        final_batches=128,
+        model=LMConfig(width=160, depth=8, pattern="mamba+none"),
+    ),
     minutes=4.5,
     validate_every=100,
     optimizer=OptimizerConfig(warmup=20),

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import shlex
+import sys
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +44,8 @@ class LMTask:
     """The text."""
 
     def __post_init__(self):
-        for name, least in (("rows", 1), ("length", 1), ("heldout_batches", 0)):
+        leasts = {"rows": 1, "length": 1, "heldout_batches": 0, "final_batches": 0}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
 
@@ -137,11 +141,14 @@ class LMTask:
             drawn, _ = generator.generate(context, 250, Choice(temperature=0.8))
             lines += ["sample (held-out text >>> what the model makes of it):", ""]
             lines += [f"{tokenizer.decode(prompt)}>>>{tokenizer.decode(drawn[0])}", ""]
+        python = os.path.relpath(sys.executable)
+        python = sys.executable if python.startswith("..") else python
+        python, run = shlex.quote(python), shlex.quote(run)
         lines += [
             "try next:",
-            f"  python -m scanax.experiments.generate --checkpoint {run} --prompt 'def '",
-            f"  python -m scanax.experiments.evaluate --checkpoint {run}",
-            f"  python -m scanax.experiments.train --run {run} --resume --minutes 30",
+            f"  {python} -m scanax.experiments.generate --checkpoint {run} --prompt 'def '",
+            f"  {python} -m scanax.experiments.evaluate --checkpoint {run}",
+            f"  {python} -m scanax.experiments.train --run {run} --resume --minutes 30",
             "",
         ]
         if "bits_per_byte" not in heldout:
