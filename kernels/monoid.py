@@ -72,7 +72,7 @@ def resettable(monoid: Monoid) -> Monoid:
 
     def combine(earlier, later):
         (r1, e1), (r2, e2) = earlier, later
-        return r1 | r2, select(r2, e2, monoid.combine(e1, e2))
+        return r1 | r2, monoid.combine(select(r2, monoid.identity(e1), e1), e2)
 
     return Monoid(lambda like: (jnp.zeros_like(like[0]), monoid.identity(like[1])), combine)
 

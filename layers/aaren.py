@@ -56,7 +56,7 @@ class Aaren(nnx.Module):
                 use_bias=config.bias,
                 dtype=dtype,
                 param_dtype=param_dtype,
-                kernel_init=nnx.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform"),
+                kernel_init=nnx.initializers.normal(gain * config.init_std),
                 rngs=rngs,
             )
 

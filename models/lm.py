@@ -89,10 +89,17 @@ class LM(nnx.Module):
         config = self.config
         if state is not None and len(state) != config.depth:
             raise ValueError(f"state has {len(state)} entries; the model has {config.depth} blocks")
+        if state is not None and any(entry is None for entry in state):
+            raise ValueError(
+                "state is of a call without one, where attention keeps no cache; "
+                "begin with init_state"
+            )
         dtype = jnp.dtype(config.dtype)
         stream = jnp.promote_types(jnp.float32, dtype) if config.residual_float32 else dtype
         # An id outside the vocabulary reads nan, which is seen, rather than the last token.
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(stream)
+        known = (tokens >= 0) & (tokens < config.vocab)
+        rows = jnp.where(known, tokens, self.embedding.shape[0])
+        x = jnp.take(self.embedding[...], rows, axis=0, mode="fill").astype(stream)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, stream)
         states, aux = [], []

@@ -40,5 +40,6 @@ def nll(
 def _nll(head, hidden, targets):
     logits = head(hidden)
     # An id outside the vocabulary reads nan, which the trainer counts, rather than another token.
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="fill")[..., 0]
+    index = jnp.where(targets < 0, logits.shape[-1], targets)
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1, mode="fill")[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -31,8 +31,9 @@ def linear_attention(
     RetNet and Lightning (log_decay of shape (H,); arXiv:2307.08621, arXiv:2401.04658), Mamba-2
     (B, T, H; arXiv:2405.21060), GLA (B, T, H, K; arXiv:2312.06635).
 
-    H is the largest number of groups among q, k, v and log_decay, and each of them divides it: head
-    h reads group h G // H. log_decay is natural-log units per token and must not be positive.
+    H is the number of heads of log_decay and the largest number of groups of q, k and v, each of
+    which divides it: head h reads group h G // H. log_decay is in natural-log units per token,
+    finite and not positive.
     `state` is S before the first token (zero if None); `reset` marks tokens before which it is
     forgotten. `chunk` is the number of tokens a chunked implementation takes at a time.
 

@@ -63,7 +63,7 @@ class Chunk:
     def __init__(self, q, k, v, log_decay, reset, state):
         exact, heads, size = state.dtype, state.shape[1], q.shape[2]
         # bf16 inputs may use an accelerator's fast products, float32 ones may not.
-        precision = "highest" if q.dtype == exact else None
+        precision = "highest" if jnp.result_type(q, k, v) == exact else None
         self.dot = partial(jnp.einsum, precision=precision, preferred_element_type=exact)
         self.q, self.k, self.v = (
             repeat(x, "b g c k -> b (g r) c k", r=heads // x.shape[1]).astype(exact)
@@ -134,7 +134,8 @@ class Chunk:
             inside, at_start, at_end, through = (
                 jnp.sum(x, axis=-1, keepdims=True) for x in (inside, at_start, at_end, through)
             )
-        given = jax.lax.cumsum(at_end, axis=2) - at_end
+        before = jnp.pad(at_end[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        given = jax.lax.cumsum(before, axis=2)
         if self.reset is None:
             return jax.lax.cumsum(inside + at_start, axis=2, reverse=True) + given + through
         crossing = _suffix_sums(inside + at_start, self.reset) + self.only("last", given)

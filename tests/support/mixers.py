@@ -14,7 +14,7 @@ from scanax.kernels import attention, fixed_query, linear_attention, selective_s
 
 ADVERSARIAL = np.array([0.0, -1e-4, -1.0, -30.0, -200.0])  # log decays, mixed in one tensor
 UNIFORM = {"minus30": -30.0, "minus200": -200.0}
-CASES = ("mixed", "mild", *UNIFORM)
+CASES = ("mixed", "mild", "minus10", *UNIFORM)
 BATCH = 2
 
 
@@ -31,8 +31,8 @@ class Mixer:
 
 
 def draw_logs(rng, shape, case):
-    if case in UNIFORM:
-        return np.full(shape, UNIFORM[case])
+    if case in UNIFORM or case == "minus10":
+        return np.full(shape, UNIFORM.get(case, -10.0))
     return -rng.uniform(0, 0.1, shape) if case == "mild" else rng.choice(ADVERSARIAL, shape)
 
 
@@ -131,7 +131,7 @@ def mean_selective(inputs, reset):
 
 # Softmax mixers: `case` sets how far the scores spread instead of a decay.
 
-SPREAD = {"mixed": 30.0, "mild": 1.0, "minus30": 10.0, "minus200": 1e-3}
+SPREAD = {"mixed": 30.0, "mild": 1.0, "minus10": 3.0, "minus30": 10.0, "minus200": 1e-3}
 
 
 def draw_fixed_query(rng, time, case, heads=4, groups=2, key=5, value=3):
