@@ -132,6 +132,8 @@ def compile_both(run: Callable, arguments: tuple) -> tuple[Any, Any]:
 
 
 def seconds(call: Callable, arguments: tuple) -> float:
+    """The second of two runs: the first takes the memory that the one before it is still freeing."""
+    jax.block_until_ready(call(*arguments))
     begin = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     return time.perf_counter() - begin
@@ -141,7 +143,6 @@ def matrix_rate() -> float:
     """float32 multiply-adds a second in one large matrix product."""
     x = jnp.ones((1024, 1024), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
-    seconds(product, (x,))
     return 1024**3 / min(seconds(product, (x,)) for _ in range(5))
 
 
@@ -150,12 +151,10 @@ def compare(problem: tuple, repeats: int, rate: float) -> dict[str, float]:
     ours, baseline, arguments, work = problem
     compiled = {"ours": compile_both(ours, arguments), "base": compile_both(baseline, arguments)}
     times: dict[tuple[str, int], list[float]] = {}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, pair in compiled.items():
             for i, call in enumerate(pair):
-                spent = seconds(call, arguments)
-                if turn:  # the first warms up
-                    times.setdefault((name, i), []).append(spent)
+                times.setdefault((name, i), []).append(seconds(call, arguments))
     median = {key: 1e3 * statistics.median(spent) for key, spent in times.items()}
     memory = {n: c[1].memory_analysis().temp_size_in_bytes / 1e6 for n, c in compiled.items()}
     return {

@@ -94,11 +94,9 @@ class Chunk:
         """x where the named mask of documents holds, else zero."""
         return x if self.reset is None else jnp.where(getattr(self, where), x, 0)
 
-    def carry(self, state):
-        """What passes through the whole chunk of a state, or of its cotangent."""
-        return (
-            self.whole * state if self.reset is None else jnp.where(self.cut, 0, self.whole * state)
-        )
+    def unbroken(self, x):
+        """x where no document starts in the chunk, else zero."""
+        return x if self.reset is None else jnp.where(self.cut, 0, x)
 
     def own(self, scores):
         """A token's score with itself, which no decay touches: the diagonal as a column."""
@@ -134,13 +132,15 @@ class Chunk:
             inside, at_start, at_end, through = (
                 jnp.sum(x, axis=-1, keepdims=True) for x in (inside, at_start, at_end, through)
             )
-        before = jnp.pad(at_end[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-        given = jax.lax.cumsum(before, axis=2)
-        if self.reset is None:
-            return jax.lax.cumsum(inside + at_start, axis=2, reverse=True) + given + through
-        crossing = _suffix_sums(inside + at_start, self.reset) + self.only("last", given)
-        crossing += jnp.where(self.cut, 0, through)
-        return jnp.where(self.reset[:, None, :, None], 0, crossing)
+        from_here, before = (
+            x.astype(inside.dtype) for x in tree(self.q.shape[2])[0][-2:].swapaxes(1, 2)
+        )
+        total = partial(jnp.einsum, "...ti,bhik->bhtk", precision="highest")
+        later = total(self.only("same", from_here), inside + at_start)
+        crossing = later + total(before, at_end) + self.unbroken(through)
+        return (
+            crossing if self.reset is None else jnp.where(self.reset[:, None, :, None], 0, crossing)
+        )
 
 
 def _forward(size, q, k, v, log_decay, state, reset):
@@ -149,7 +149,7 @@ def _forward(size, q, k, v, log_decay, state, reset):
         y = c.dot("bhij,bhjv->bhiv", c.scores(), c.v)
         y += c.only("first", c.dot("bhik,bhkv->bhiv", c.q * c.from_start, state))
         kept = c.only("last", c.k * c.to_end)
-        return c.carry(state) + c.dot("bhjk,bhjv->bhkv", kept, c.v), (y, state)
+        return c.unbroken(c.whole * state) + c.dot("bhjk,bhjv->bhkv", kept, c.v), (y, state)
 
     xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
     final, (y, states) = jax.lax.scan(body, state, xs)
@@ -178,7 +178,7 @@ def _backward(size, residuals, cotangents):
         dv = c.dot("bhij,bhiv->bhjv", c.scores(), dy)
         dv += c.dot("bhjk,bhkv->bhjv", c.only("last", c.k * c.to_end), d_next)
         seen = c.only("first", c.q * c.from_start)
-        d_before = c.carry(d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
+        d_before = c.unbroken(c.whole * d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
         grads = zip((dq, dk, dv, d_decay), xs, strict=False)
         return d_before, tuple(_collect(d, x.shape[:2]) for d, x in grads)
 
@@ -214,17 +214,3 @@ def _collect(d, shape):
     b, h, *rest = d.shape
     d = d.reshape(b, shape[1], h // shape[1], *rest).sum(axis=2)
     return d if shape[0] == b else d.sum(axis=0, keepdims=True)
-
-
-def _suffix_sums(x, reset):
-    """Sum over the tokens from i to the end of its document: (B, H, C, K) along C."""
-    if reset is None:
-        return jax.lax.cumsum(x, axis=2, reverse=True)
-    ends = jnp.concatenate([reset[:, 1:], jnp.zeros_like(reset[:, :1])], axis=1)
-    ends = jnp.broadcast_to(ends[:, None, :, None], x.shape)
-
-    def combine(later, earlier):
-        (flag1, sum1), (flag2, sum2) = later, earlier
-        return flag1 | flag2, jnp.where(flag2, sum2, sum1 + sum2)
-
-    return jax.lax.associative_scan(combine, (ends, x), axis=2, reverse=True)[1]
