@@ -132,7 +132,7 @@ def compile_both(run: Callable, arguments: tuple) -> tuple[Any, Any]:
 
 
 def seconds(call: Callable, arguments: tuple) -> float:
-    """The second of two runs: the first takes the memory that the one before it is still freeing."""
+    """The second of two runs: the first pays for what ran before it, memory freed late too."""
     jax.block_until_ready(call(*arguments))
     begin = time.perf_counter()
     jax.block_until_ready(call(*arguments))

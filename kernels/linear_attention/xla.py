@@ -132,15 +132,23 @@ class Chunk:
             inside, at_start, at_end, through = (
                 jnp.sum(x, axis=-1, keepdims=True) for x in (inside, at_start, at_end, through)
             )
-        from_here, before = (
-            x.astype(inside.dtype) for x in tree(self.q.shape[2])[0][-2:].swapaxes(1, 2)
-        )
-        total = partial(jnp.einsum, "...ti,bhik->bhtk", precision="highest")
-        later = total(self.only("same", from_here), inside + at_start)
-        crossing = later + total(before, at_end) + self.unbroken(through)
+        later = self.sums_from_here(inside + at_start)
+        before = tree(self.q.shape[2])[0][-1].T.astype(at_end.dtype)
+        earlier = jnp.matmul(before, at_end, precision="highest")
+        crossing = later + self.only("last", earlier) + self.unbroken(through)
         return (
             crossing if self.reset is None else jnp.where(self.reset[:, None, :, None], 0, crossing)
         )
+
+    def sums_from_here(self, x):
+        """Sum of x (B, H, C, K) from each token to its document's end."""
+        after = tree(self.q.shape[2])[0][-2].T
+        total = partial(jnp.matmul, self.only("same", after.astype(x.dtype)), precision="highest")
+        if self.reset is None:
+            return total(x)
+        finite = jnp.isfinite(x)  # a zero times what is not would leave its document
+        sums = total(jnp.where(finite, x, 0))
+        return jnp.where(total((~finite).astype(x.dtype)) > 0, jnp.nan, sums)
 
 
 def _forward(size, q, k, v, log_decay, state, reset):
