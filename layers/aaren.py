@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.attention import fixed_query
 from ..kernels.monoid import LOWEST
+from .depth import ONLY, Depth
 from .linear import Linear
 
 State = dict[str, Array]
@@ -24,7 +25,8 @@ class AarenConfig:
     bias: bool = False
     """Biases in the projections."""
     init_std: float = 0.02
-    """Initial standard deviation of the kernels; of the output's, this over sqrt(2 layers)."""
+    """Initial standard deviation of the kernels; of the output's, this over the root of the model's
+    residual branches."""
 
 
 class Aaren(nnx.Module):
@@ -38,13 +40,11 @@ class Aaren(nnx.Module):
         width: int,
         config: AarenConfig = AarenConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer
         if width % config.heads:
             raise ValueError(f"width={width} does not divide into heads={config.heads}")
         self.heads, self.head_width, self.dtype = (config.heads, width // config.heads, dtype)
@@ -62,7 +62,7 @@ class Aaren(nnx.Module):
 
         self.token = nnx.Param(rngs.params.normal((width,), param_dtype))
         self.q, self.k, self.v = linear(), linear(), linear()
-        self.out = linear((2 * layers) ** -0.5)
+        self.out = linear(depth.branches**-0.5)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.attention import attention
 from . import cache
+from .depth import ONLY, Depth
 from .linear import Linear
 from .position import positions, rotary_angles, rotary_frequencies, rotate_half
 
@@ -36,7 +37,8 @@ class AttentionConfig:
     out_bias: bool = False
     """A bias in the output projection."""
     init_std: float = 0.02
-    """Initial standard deviation of the kernels; of the output's, this over sqrt(2 layers)."""
+    """Initial standard deviation of the kernels; of the output's, this over the root of the model's
+    residual branches."""
 
 
 class Attention(nnx.Module):
@@ -53,13 +55,11 @@ class Attention(nnx.Module):
         width: int,
         config: AttentionConfig = AttentionConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer
         heads = config.heads
         kv_heads = heads if config.kv_heads is None else config.kv_heads
         if config.head_width is None and width % heads:
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         inner, shared = heads * self.head_width, kv_heads * self.head_width
         self.q = linear(width, inner, config.bias)
         self.k, self.v = (linear(width, shared, config.bias), linear(width, shared, config.bias))
-        self.out = linear(inner, width, config.out_bias, (2 * layers) ** -0.5)
+        self.out = linear(inner, width, config.out_bias, depth.branches**-0.5)
 
     def __call__(
         self,
@@ -103,7 +103,8 @@ class Attention(nnx.Module):
             for project in (self.q, self.k, self.v)
         )
         if self.config.rope_base is not None:
-            frequencies = rotary_frequencies(self.head_width, self.config.rope_base)
+            exact = jnp.promote_types(jnp.float32, self.dtype)
+            frequencies = rotary_frequencies(self.head_width, self.config.rope_base, exact)
             angle = rotary_angles(index, frequencies)
             q, k = rotate_half(q, angle), rotate_half(k, angle)
         if state is None:

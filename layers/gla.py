@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels import linear_attention
 from .conv import ShortConv
+from .depth import ONLY, Depth
 from .linear import Linear
 from .norm import RMSNorm
 
@@ -54,13 +55,12 @@ class GLA(nnx.Module):
         width: int,
         config: GLAConfig = GLAConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer, layers  # every depth is alike
+        del depth  # every block is alike
         self.config, self.heads, self.groups = config, config.heads, config.kv_heads or config.heads
         self.exact = exact = jnp.promote_types(jnp.float32, dtype)
         keys, values = round(width * config.key_ratio), round(width * config.value_ratio)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from ..kernels import linear_attention
 from . import decay
 from .constant import Constant
+from .depth import ONLY, Depth
 from .linear import Linear
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import positions
@@ -58,8 +59,7 @@ class Lightning(nnx.Module):
         width: int,
         config: LightningConfig = LightningConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -84,9 +84,9 @@ class Lightning(nnx.Module):
         if config.norm_scale:
             self.norm = RMSNorm(inner, config.norm_eps, dtype=exact, param_dtype=param_dtype)
         self.log_decay = Constant(
-            jnp.asarray(decay.lightning(config.decay, heads, layer, layers), exact)
+            jnp.asarray(decay.lightning(config.decay, heads, depth.layer, depth.layers), exact)
         )
-        self.lrpe = layer < config.lrpe_layers
+        self.lrpe = depth.layer < config.lrpe_layers
         if self.lrpe:
             theta = 10000.0 ** (-2 / inner * np.arange(inner).reshape(heads, self.size))
             self.theta = nnx.Param(jnp.asarray(theta, param_dtype))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.selective_scan import selective_scan
 from .conv import ShortConv
+from .depth import ONLY, Depth
 from .linear import Linear
 from .norm import RMSNorm, rms_norm
 
@@ -52,7 +53,7 @@ class Mamba(nnx.Module):
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, out = W (silu(z) (h C + D u)), u = silu(conv(x)).
 
     dt = softplus(W_up W_down u + bias) for each channel; A is negative and real. Initialised as
-    the released code: A_n = -n, D = 1, the output projection divided by sqrt(layers).
+    the released code: A_n = -n, D = 1, the output projection divided by sqrt(residual branches).
     """
 
     def __init__(
@@ -60,13 +61,11 @@ class Mamba(nnx.Module):
         width: int,
         config: MambaConfig = MambaConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer
         self.config, self.dtype = config, dtype
         inner, size = config.expand * width, config.state
         rank = config.dt_rank or math.ceil(width / 16)
@@ -85,7 +84,7 @@ class Mamba(nnx.Module):
         rates = jnp.log(jnp.arange(1, size + 1, dtype=param_dtype))
         self.A_log = nnx.Param(jnp.broadcast_to(rates, (inner, size)) + 0)
         self.D = nnx.Param(jnp.ones(inner, param_dtype))
-        self.out = linear(inner, width, config.bias, layers**-0.5)
+        self.out = linear(inner, width, config.bias, depth.branches**-0.5)
         if config.norm == "weighted":
             norm = partial(RMSNorm, eps=config.norm_eps, **kinds)
             self.dt_norm, self.B_norm, self.C_norm = norm(rank), norm(size), norm(size)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kernels.linear_attention import linear_attention
 from .conv import ShortConv
+from .depth import ONLY, Depth
 from .linear import Linear
 from .mamba import dt_bias
 from .norm import rms_norm
@@ -56,7 +57,7 @@ class Mamba2(nnx.Module):
 
     dt = softplus(W_dt input + bias) for each head; x, B and C pass a convolution and silu. The norm
     is an RMS norm over each group. Initialised as the released code, the output projection
-    divided by sqrt(layers).
+    divided by sqrt(residual branches).
     """
 
     def __init__(
@@ -64,13 +65,11 @@ class Mamba2(nnx.Module):
         width: int,
         config: Mamba2Config = Mamba2Config(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer
         inner, size = config.expand * width, config.groups * config.state
         heads, rest = divmod(inner, config.head_width)
         if rest or heads % config.groups:
@@ -95,7 +94,7 @@ class Mamba2(nnx.Module):
         self.A_log = nnx.Param(jnp.log(rngs.params.uniform((heads,), param_dtype, *config.A_range)))
         self.D = nnx.Param(jnp.ones(heads, param_dtype))
         self.scale = nnx.Param(jnp.ones(inner, param_dtype))
-        self.out = linear(inner, width, layers**-0.5)
+        self.out = linear(inner, width, depth.branches**-0.5)
 
     def __call__(
         self,

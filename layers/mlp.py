@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .depth import ONLY, Depth
 from .linear import Linear
 
 
@@ -28,7 +29,7 @@ class MLPConfig:
     init_std: float | None = 0.02
     """Initial standard deviation of the kernels; None draws from +-1/sqrt(fan in) uniformly."""
     scale_residual: bool = False
-    """Whether the last kernel starts divided by sqrt(2 layers), as in GPT-2 and Mamba with MLPs."""
+    """Whether the last kernel starts divided by sqrt(residual branches), as in GPT-2."""
 
     def width(self, width: int) -> int:
         """The hidden width for a model of this width."""
@@ -45,13 +46,13 @@ class GLU(nnx.Module):
         width: int,
         config: MLPConfig = MLPConfig(),
         *,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         hidden = config.width(width)
-        make = _projections(config, layers, dtype, param_dtype, rngs)
+        make = _projections(config, depth, dtype, param_dtype, rngs)
         self.gate, self.up = make(width, hidden), make(width, hidden)
         self.down = make(hidden, width, last=True)
 
@@ -77,13 +78,13 @@ class GELU(nnx.Module):
         width: int,
         config: MLPConfig = MLPConfig(),
         *,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         hidden = config.width(width)
-        make = _projections(config, layers, dtype, param_dtype, rngs)
+        make = _projections(config, depth, dtype, param_dtype, rngs)
         self.up, self.down = make(width, hidden), make(hidden, width, last=True)
         self.tanh = config.tanh
 
@@ -91,11 +92,11 @@ class GELU(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=self.tanh))
 
 
-def _projections(config, layers, dtype, param_dtype, rngs):
+def _projections(config, depth, dtype, param_dtype, rngs):
     """A maker of projections with the config's bias and initialisation."""
 
     def make(size: int, features: int, *, last: bool = False) -> nnx.Linear:
-        shrink = (2 * layers) ** -0.5 if last and config.scale_residual else 1.0
+        shrink = depth.branches**-0.5 if last and config.scale_residual else 1.0
         init = nnx.initializers.variance_scaling(shrink**2 / 3, "fan_in", "uniform")
         if config.init_std is not None:
             init = nnx.initializers.normal(config.init_std * shrink)

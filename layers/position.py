@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -22,11 +23,13 @@ def positions(
     return index, index[:, -1] + 1
 
 
-def rotary_frequencies(width: int, base: float = 10000.0) -> np.ndarray:
-    """base^(-2 i / width) radians per token, for i < width / 2."""
+def rotary_frequencies(
+    width: int, base: float = 10000.0, dtype: DTypeLike = np.float32
+) -> Float[np.ndarray, "P"]:
+    """base^(-2 i / width) radians per token, for i < P = width / 2."""
     if width % 2:
         raise ValueError(f"rotary embedding of width {width}; it must be even")
-    return (base ** (-np.arange(0, width, 2, dtype=np.float64) / width)).astype(np.float32)
+    return (base ** (-np.arange(0, width, 2, dtype=np.float64) / width)).astype(dtype)
 
 
 def rotary_angles(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from ..kernels import linear_attention
 from . import decay
 from .constant import Constant
+from .depth import ONLY, Depth
 from .linear import Linear
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import positions, rotary_angles, rotate_half, rotate_interleaved
@@ -61,13 +62,12 @@ class Retention(nnx.Module):
         width: int,
         config: RetentionConfig = RetentionConfig(),
         *,
-        layer: int = 0,
-        layers: int = 1,
+        depth: Depth = ONLY,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        del layer, layers  # every depth is alike
+        del depth  # every block is alike
         self.config, self.heads, self.groups = config, config.heads, config.kv_heads or config.heads
         self.exact = exact = jnp.promote_types(jnp.float32, dtype)
         keys, values = round(width * config.key_ratio), round(width * config.value_ratio)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..layers.aaren import Aaren
 from ..layers.attention import Attention
+from ..layers.depth import Depth
 from ..layers.gla import GLA
 from ..layers.lightning import Lightning
 from ..layers.mamba import Mamba
@@ -45,15 +46,16 @@ class Block(nnx.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)). Without an MLP the second half is left out."""
 
     def __init__(self, config: LMConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
+        kinds = parse(config.pattern, config.depth)
         options = {
-            "layers": config.depth,
+            "depth": Depth(layer, config.depth, len(kinds) + sum(k.mlp != "none" for k in kinds)),
             "dtype": jnp.dtype(config.dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
             "rngs": rngs,
         }
         self.mixer_norm = norm(config, rngs)
         mixer = MIXERS[kind.mixer]
-        self.mixer = mixer(config.width, getattr(config, kind.mixer), layer=layer, **options)
+        self.mixer = mixer(config.width, getattr(config, kind.mixer), **options)
         self.mlp = nnx.data(None)
         if kind.mlp != "none":
             self.mlp_norm = norm(config, rngs)

@@ -51,7 +51,8 @@ class LMConfig:
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at once in the loss, rounded to time steps of the batch; 0: all."""
+    """Tokens whose logits exist at once in the loss: as many time steps of all rows as fit, and at
+    least one; 0: all."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     """The MLPs."""
     gla: GLAConfig = field(default_factory=GLAConfig)

@@ -1,5 +1,6 @@
 """A model as plain pytrees: for the training step, for checkpoints, for the optimizer."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 
 from .block import runs
 from .config import LMConfig
+from .lm import LM
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], Any]:
@@ -40,31 +42,34 @@ def by_layer(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_layers(config: LMConfig, flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `by_layer`. Raises ValueError if a layer's leaf is missing or left over."""
-    blocks: dict[str, dict[int, Any]] = {}
-    params: dict[str, Any] = {}
+    """The inverse of `by_layer`. ValueError names a leaf missing, left over or of another shape."""
+    shapes = _shapes(config)
+    for name in shapes | flat:
+        if name not in flat:
+            raise ValueError(f"{name} is missing")
+        if name not in shapes:
+            raise ValueError(f"{name} is not a parameter of a model of {config.depth} blocks")
+        if flat[name].shape != shapes[name]:
+            raise ValueError(f"{name} has shape {flat[name].shape}; the model's is {shapes[name]}")
+    params: dict[str, Any] = {"blocks": {}}
     for name, leaf in flat.items():
-        if name.startswith("layers."):
-            _, layer, path = name.split(".", 2)
-            blocks.setdefault(path, {})[int(layer)] = leaf
-        else:
+        if not name.startswith("layers."):
             _put(params, name.split("."), leaf)
-    params["blocks"] = {}
     for index, run in enumerate(runs(config)):
-        layers = range(run.start, run.start + run.length)
         params["blocks"][index] = {}
-        for path, leaves in blocks.items():
-            present = [i for i in layers if i in leaves]
-            if present and len(present) < run.length:
-                missing = min(set(layers) - set(present))
-                raise ValueError(f"layers.{missing}.{path} is missing")
-            if present:
-                stacked = jnp.stack([leaves.pop(i) for i in layers])
-                _put(params["blocks"][index], path.split("."), stacked)
-    left = [f"layers.{i}.{path}" for path, leaves in blocks.items() for i in leaves]
-    if left:
-        raise ValueError(f"{left[0]} is not a parameter of a model of {config.depth} blocks")
+        first = f"layers.{run.start}."
+        for path in [name.removeprefix(first) for name in shapes if name.startswith(first)]:
+            leaves = [flat[f"layers.{run.start + i}.{path}"] for i in range(run.length)]
+            _put(params["blocks"][index], path.split("."), jnp.stack(leaves))
     return params
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of `by_layer`."""
+    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+    flat = jax.eval_shape(functools.partial(by_layer, config), split(model)[1])
+    return {name: leaf.shape for name, leaf in flat.items()}
 
 
 def decayed(params: dict[str, Any]) -> dict[str, Any]:

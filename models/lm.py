@@ -65,7 +65,8 @@ class LM(nnx.Module):
     ) -> tuple[Float[Array, "B T"], tuple, dict[str, Array]]:
         """-log p(target) in nats at every position, the state, and the blocks' auxiliary values.
 
-        No more than `config.loss_chunk` tokens' logits exist at once, forward or backward.
+        Logits of at most `config.loss_chunk` tokens exist at once, forward or backward: of whole
+        time steps, so of one step at least, however large the batch.
         """
         x, state, aux = self.hidden(tokens, state, reset)
         return loss.nll(self.logits, x, targets, self.config.loss_chunk), state, aux

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from scanax.layers import decay
 from scanax.layers.constant import Constant
+from scanax.layers.depth import Depth
 from scanax.layers.gla import GLA, GLAConfig
 from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.retention import Retention, RetentionConfig
@@ -166,7 +167,7 @@ class Case:
 
     def __init__(self, mixer, config, layer, dtype=jnp.float32):
         def build():
-            model = mixer(WIDTH, config, layer=layer, layers=DEPTH, dtype=dtype, rngs=nnx.Rngs(0))
+            model = mixer(WIDTH, config, depth=Depth(layer, DEPTH), dtype=dtype, rngs=nnx.Rngs(0))
             return nnx.split(model, nnx.Param, ...)
 
         graph, params, _ = nnx.eval_shape(build)
@@ -247,7 +248,7 @@ def test_initial_values_are_the_published_ones():
 
     theta = np.asarray(Lightning(width, rngs=rngs).theta[...])
     close(theta.reshape(-1), 10000.0 ** (-2 * np.arange(width) / width), 1e-6)
-    assert not hasattr(Lightning(width, layer=1, layers=2, rngs=rngs), "theta")
+    assert not hasattr(Lightning(width, depth=Depth(1, 2), rngs=rngs), "theta")
 
 
 def test_decays():

@@ -4,21 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scanax.layers.depth import Depth
 from scanax.layers.mamba import Mamba, MambaConfig
 from scanax.layers.mamba2 import Mamba2, Mamba2Config
 
-WIDTH, LAYERS = 256, 16
+WIDTH, BRANCHES = 256, 16
 
 
 @pytest.fixture(scope="module")
 def mamba():
-    return Mamba(WIDTH, MambaConfig(), layers=LAYERS, rngs=nnx.Rngs(0))
+    return Mamba(WIDTH, MambaConfig(), depth=Depth(branches=BRANCHES), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
 def mamba2():
     config = Mamba2Config(head_width=1, groups=2, state=16)  # many heads, for the statistics
-    return Mamba2(WIDTH, config, layers=LAYERS, rngs=nnx.Rngs(0))
+    return Mamba2(WIDTH, config, depth=Depth(branches=BRANCHES), rngs=nnx.Rngs(0))
 
 
 def is_uniform(values, low, high):
@@ -56,7 +57,7 @@ def test_mamba2_decays_at_rates_uniform_in_1_to_16(mamba2):
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_kernels_are_uniform_within_a_root_of_fan_in(name, request):
-    """That of the output divided by the root of the number of layers."""
+    """That of the output divided by the root of the number of residual branches."""
     model = request.getfixturevalue(name)
     roles = {"x", "z", "B", "C"} | ({"dt_down", "dt_up"} if name == "mamba" else {"dt"})
     for role in roles:

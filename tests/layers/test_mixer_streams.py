@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from scanax.layers.aaren import Aaren, AarenConfig
 from scanax.layers.attention import Attention, AttentionConfig
+from scanax.layers.depth import Depth
 from scanax.layers.gla import GLA, GLAConfig
 from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.mamba import Mamba, MambaConfig
@@ -32,7 +33,7 @@ class Case:
     """A mixer, its input, and its jitted call; compiled once for each length."""
 
     def __init__(self, mixer, config, dtype=jnp.float32):
-        self.model = mixer(WIDTH, config, layer=1, layers=2, dtype=dtype, rngs=nnx.Rngs(0))
+        self.model = mixer(WIDTH, config, depth=Depth(1, 2), dtype=dtype, rngs=nnx.Rngs(0))
         graph, params = nnx.split(self.model)
         call = jax.jit(lambda p, x, state, reset: nnx.merge(graph, p)(x, state, reset))
         self.run = lambda x, state, reset: call(params, x, state, reset)

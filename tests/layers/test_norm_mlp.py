@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scanax.layers.depth import Depth
 from scanax.layers.mlp import GELU, GLU, MLPConfig, SwiGLU
 from scanax.layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from support.compare import close
@@ -70,9 +71,13 @@ def test_hidden_widths_are_rounded_up():
 
 
 def test_initial_values():
-    mlp = SwiGLU(256, MLPConfig(scale_residual=True, hidden=1024), layers=8, rngs=nnx.Rngs(0))
+    mlp = SwiGLU(
+        256, MLPConfig(scale_residual=True, hidden=1024), depth=Depth(branches=16), rngs=nnx.Rngs(0)
+    )
     assert abs(float(mlp.up.kernel[...].std()) - 0.02) < 3e-4
     assert abs(float(mlp.down.kernel[...].std()) - 0.02 / 4) < 1e-4
-    mlp = GELU(256, MLPConfig(init_std=None, hidden=1024), layers=8, rngs=nnx.Rngs(0))
+    mlp = GELU(
+        256, MLPConfig(init_std=None, hidden=1024), depth=Depth(branches=16), rngs=nnx.Rngs(0)
+    )
     assert 0.99 / 16 < float(jnp.abs(mlp.up.kernel[...]).max()) <= 1 / 16
     assert 0.99 / 32 < float(jnp.abs(mlp.down.kernel[...]).max()) <= 1 / 32

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +80,12 @@ def test_a_wrong_set_of_layers_is_named():
     extra = {**flat, "layers.8.mixer.q.kernel": flat["layers.0.mixer.q.kernel"]}
     with pytest.raises(ValueError, match=r"layers\.8\.mixer\.q\.kernel is not a parameter"):
         from_layers(CONFIG, extra)
-    del flat["layers.1.mixer.q.kernel"]
-    with pytest.raises(ValueError, match=r"layers\.1\.mixer\.q\.kernel is missing"):
-        from_layers(CONFIG, flat)
+    for gone in ("layers.1.mixer.q.kernel", "layers.4.mixer.D", "norm.scale"):
+        with pytest.raises(ValueError, match=f"^{re.escape(gone)} is missing"):
+            from_layers(CONFIG, {name: leaf for name, leaf in flat.items() if name != gone})
+    other = {**flat, "layers.4.mixer.D": flat["layers.4.mixer.D"][1:]}
+    with pytest.raises(ValueError, match=r"layers\.4\.mixer\.D has shape \(31,\).*\(32,\)"):
+        from_layers(CONFIG, other)
 
 
 def test_weight_decay_applies_to_matrices_only():
