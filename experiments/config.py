@@ -102,9 +102,10 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
 
 
 def read(path: Path) -> TrainConfig:
-    """The config of a run's or a checkpoint's config.json."""
+    """The config of a run's config.json, with what else its task left there."""
     try:
-        return from_json(json.loads(path.read_text("utf-8")))
+        config = from_json(json.loads(path.read_text("utf-8")))
+        return dataclasses.replace(config, task=config.task.beside(path.parent))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {path.parent} is not a run of train") from None
     except (json.JSONDecodeError, TypeError, AttributeError) as error:

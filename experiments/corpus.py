@@ -57,7 +57,7 @@ class DataConfig:
     document_end: int | None = None
     """The token that closes a document in token arrays; what follows it starts fresh."""
     vocab: int | None = None
-    """Number of tokens of the vocabulary; needed for token arrays without a tokenizer."""
+    """Number of tokens of the vocabulary, for token arrays without a tokenizer."""
 
 
 def corpus(
@@ -76,10 +76,17 @@ def corpus(
     name = "corpus " + " ".join(train_names)
     held_name = "corpus " + " ".join(test_names) if test_names else name + " (held out)"
     files, held = documents.find(train_names, suffixes), documents.find(test_names, suffixes)
-    kinds = {path.suffix in ARRAYS for _, path in files + held}
-    if len(kinds) > 1:
-        raise ValueError(f"{name}: text and token arrays cannot be mixed")
-    if kinds == {True}:
+    arrays = _all_arrays(files + held, name)
+    suffix = {path.suffix for _, path in files + held}
+    for option, value, default, heard, by in (
+        ("document_end", document_end, None, arrays, "token arrays"),
+        ("vocab", vocab, None, arrays, "token arrays"),
+        ("token_dtype", token_dtype, "uint16", ".bin" in suffix, ".bin token arrays"),
+        ("field", field, "text", ".jsonl" in suffix, ".jsonl files"),
+    ):
+        if value != default and not heard:
+            raise ValueError(f"{option}={value} is for {by}, and {name} has none")
+    if arrays:
         tokens = tokenizers.load(tokenizer) if tokenizer is not None else None
         vocab = _vocab(vocab, tokens, name)
         parts, rest = (_arrays(found, token_dtype) for found in (files, held))
@@ -91,7 +98,7 @@ def corpus(
         test = Source(rest, start, vocab, document_end, per_token, held_name)
     else:
         tokens = tokenizers.load(tokenizer)
-        vocab = _vocab(vocab, tokens, name)
+        vocab = tokens.vocab
         texts = list(documents.read(files, field))
         rest_texts = list(documents.read(held, field))
         if not held:
@@ -102,6 +109,19 @@ def corpus(
         if len(source) < 2:
             raise ValueError(f"{source.name} is empty: {len(source)} tokens, at least 2 are needed")
     return Corpus(train, test, vocab, tokens)
+
+
+def are_arrays(paths: Paths, suffixes: Sequence[str] = ()) -> bool:
+    """Whether these are token arrays; ValueError if only some of them are."""
+    names = _names(paths)
+    return _all_arrays(documents.find(names, suffixes), "corpus " + " ".join(names))
+
+
+def _all_arrays(files: list[tuple[str, Path]], name: str) -> bool:
+    kinds = {path.suffix in ARRAYS for _, path in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: text and token arrays cannot be mixed")
+    return kinds == {True}
 
 
 def _arrays(files: list[tuple[str, Path]], dtype: str) -> tuple[np.ndarray, ...]:

@@ -9,11 +9,11 @@ import hashlib
 
 import numpy as np
 
-from .corpus import Corpus, DataConfig, corpus
+from .corpus import Corpus, DataConfig, are_arrays, corpus
 from .sources import Source
 
-__all__ = ["Corpus", "DataConfig", "Source", "corpus", "evaluation", "evaluation_steps"]
-__all__ += ["permuted", "streams", "windows"]
+__all__ = ["Corpus", "DataConfig", "Source", "are_arrays", "corpus", "evaluation"]
+__all__ += ["evaluation_steps", "permuted", "streams", "windows"]
 
 Batch = dict[str, np.ndarray]
 

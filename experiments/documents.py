@@ -55,7 +55,7 @@ def read(files: Sequence[tuple[str, Path]], field: str) -> Iterator[tuple[str, s
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path} is not UTF-8 text (byte {error.start}); in a directory, --suffixes "
+                f"{path} is not UTF-8 text (byte {error.start}); in a directory, --data.suffixes "
                 "chooses the files to read"
             ) from None
         except OSError as error:

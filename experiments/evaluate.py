@@ -116,19 +116,22 @@ FORMATS |= {"tokens": ",d"}
 
 def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
     """What is measured, in the model's tokens."""
-    own, beside = loaded.config.task.data, loaded.folder / "tokenizer.json"
-    # the tokenizer that was used is the checkpoint's copy, wherever its file has gone since
-    tokenizer = str(beside) if beside.is_file() else None
+    own = loaded.config.task.data
     if not config.data.paths:
-        return texts.corpus(**vars(dataclasses.replace(own, tokenizer=tokenizer))).heldout
+        return texts.corpus(**vars(own)).heldout
     given = dataclasses.replace(
         config.data,
         heldout=config.data.paths,  # all of it
-        tokenizer=config.data.tokenizer or tokenizer,
-        vocab=config.data.vocab or own.vocab,
+        tokenizer=config.data.tokenizer or own.tokenizer,
     )
-    if given.document_end is None:
-        given = dataclasses.replace(given, document_end=own.document_end)
+    if texts.are_arrays(given.paths, given.suffixes):
+        end = own.document_end if given.document_end is None else given.document_end
+        given = dataclasses.replace(given, vocab=given.vocab or own.vocab, document_end=end)
+    elif loaded.tokenizer is None and given.tokenizer is None:
+        raise ValueError(
+            f"{config.checkpoint} was trained on token arrays without a tokenizer; to measure text "
+            "name theirs with --data.tokenizer"
+        )
     source, vocab = texts.corpus(**vars(given)).heldout, loaded.config.task.model.vocab
     if source.vocab > vocab:
         raise ValueError(f"{source.name} has {source.vocab} tokens, the model {vocab}")

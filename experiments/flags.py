@@ -40,7 +40,13 @@ def train(args: list[str]) -> TrainConfig:
         config = dataclasses.replace(config, **dict.fromkeys(ENDS))
     about = "Train a task. --preset chooses what all other flags start from: "
     about += f"{', '.join(files())} (experiments/configs), {', '.join(PRESETS)} (model sizes)."
-    return parse(TrainConfig[type(config.task)], config, args, "train", about)
+    made = parse(TrainConfig[type(config.task)], config, args, "train", about)
+    if early.resume and made.preset != config.preset:
+        raise ValueError(
+            f"preset={made.preset!r}, but {run} is of {config.preset!r}; a resumed run keeps its "
+            "preset, and other flags change it"
+        )
+    return made
 
 
 def folder(preset: str, resume: bool) -> Path:

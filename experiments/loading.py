@@ -1,5 +1,6 @@
 """A model back from its checkpoint alone: config, weights, tokenizer."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -50,8 +51,10 @@ def load(directory: str | Path, step: Step = None) -> Loaded:
         chosen = latest if step is None else step
     if chosen is None:
         raise ValueError(f"{directory} has no best checkpoint: none was saved with a held-out loss")
+    folder = Path(directory, str(chosen))
     config = from_json(checkpoint.load_config(directory, chosen))
-    task = config.task
+    task = config.task.beside(folder)
+    config = dataclasses.replace(config, task=task)
 
     def build():
         return task.build(nnx.Rngs(0))
@@ -62,13 +65,11 @@ def load(directory: str | Path, step: Step = None) -> Loaded:
     # decays by depth and the like; the parameters' draws are dead code
     rest = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
     model = nnx.merge(graphdef, task.from_layers(saved), rest)
-    folder = Path(directory, str(chosen))
-    return Loaded(config, model, chosen, folder, _tokenizer(task, folder))
+    return Loaded(config, model, chosen, folder, _tokenizer(task))
 
 
-def _tokenizer(task: Any, folder: Path) -> Bytes | TokenizerJson | None:
-    beside = folder / "tokenizer.json"
-    if beside.is_file():
-        return load_tokenizer(str(beside))
+def _tokenizer(task: Any) -> Bytes | TokenizerJson | None:
     # a corpus of token arrays names its vocabulary; of 256 tokens, they are bytes
-    return Bytes() if task.data.vocab in (None, 256) else None
+    if task.data.tokenizer is None and task.data.vocab not in (None, 256):
+        return None
+    return load_tokenizer(task.data.tokenizer)

@@ -1,9 +1,11 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, W&B, a progress line."""
 
+import contextlib
 import importlib
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -52,45 +54,84 @@ class Log:
     """
 
     def __init__(self, config: TrainConfig, step: int):
-        folder = config.folder
+        self.folder = folder = config.folder
         kept = [row for row in read(folder) if row["step"] <= step]
         path, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
         new.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         os.replace(new, path)
+        self.wandb = start_wandb(config) if config.wandb else None
         self.file = path.open("a", encoding="utf-8")
-        self.board = self.wandb = None
-        if config.tensorboard:
-            import tensorboardX
-
-            self.board = tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1
-            )
-        if config.wandb:
-            self.wandb = importlib.import_module("wandb").init(
-                project=config.wandb,
-                id=folder.name,
-                dir=str(folder),
-                resume="allow",
-                config=to_json(config),
-            )
+        self.board = Board(folder / "tensorboard", step) if config.tensorboard else None
 
     def write(self, row: Row) -> None:
+        try:
+            self._write(row)
+        except OSError as error:
+            raise OSError(f"the log of {self.folder} cannot be written: {error.strerror}") from None
+
+    def _write(self, row: Row) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        numbers = {k: v for k, v in row.items() if k != "step"}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
-        numbers = {k: v for k, v in row.items() if k != "step"}
         if self.board is not None:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, row["step"])
+            self.board.write(row["step"], numbers)
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        self.file.close()
+        """Every row is flushed as it is written; what a full disk did not take is left out."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.board is not None:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+class Board:
+    """TensorBoard's event files, written at once: tensorboardX's own thread dies of a full disk."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(exist_ok=True)
+        self.kind, self.writer = event_pb2.Event, EventsWriter(str(folder / "events"), f".{step}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.add(step=step + 1, session_log=start)  # what was shown of later steps is withdrawn
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in numbers.items():
+            self.add(step=step, summary=scalar(name, value))
+        self.writer.flush()
+
+    def add(self, **what: Any) -> None:
+        self.writer.write_event(self.kind(wall_time=time.time(), **what))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+def start_wandb(config: TrainConfig) -> Any:
+    """A W&B run of the id that this run's folder keeps, so that a resumed one goes on there."""
+    known = config.folder / "wandb_id"
+    if not known.exists():
+        known.write_text(secrets.token_hex(4), "utf-8")
+    try:
+        return importlib.import_module("wandb").init(
+            project=config.wandb,
+            name=config.folder.name,
+            id=known.read_text("utf-8"),
+            dir=str(config.folder),
+            resume="allow",
+            config=to_json(config),
+        )
+    except Exception as error:  # of its own kinds: no key, no network, no such project
+        raise OSError(f"Weights & Biases did not start: {error}") from error
 
 
 class Recorder:

@@ -24,8 +24,15 @@ class Bytes:
         return tokens, [max(len(t) - 1, 0) for t in tokens]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of these bytes; a character cut in two shows as a replacement mark."""
-        return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
+        """The text of these bytes; a character cut in two shows as a replacement mark.
+
+        So does a number that is no byte, which a model of a larger vocabulary may make.
+        """
+        numbers = np.asarray(tokens, np.int64)
+        never = 0xFF  # in no UTF-8
+        return bytes(np.where(numbers < 256, numbers, never).astype(np.uint8)).decode(
+            "utf-8", errors="replace"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

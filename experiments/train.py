@@ -16,6 +16,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ from scanax.experiments.config import TrainConfig, differences, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
 from scanax.experiments.step import Program, State, build, like, placement
+from scanax.experiments.tasks import Batch
 
 
 @dataclasses.dataclass
@@ -39,6 +42,8 @@ class Run:
     """Seconds of training, earlier processes included."""
     saved: int | None = None
     """The step of the last checkpoint."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether the process was told to stop: the step under way is finished and saved."""
 
     @property
     def part(self) -> float:
@@ -51,33 +56,38 @@ def progress(config: TrainConfig, step: int, seconds: float) -> float:
     return min(1.0, max(by_steps, seconds / (60 * config.minutes) if config.minutes else 0.0))
 
 
+class Stopped(Exception):
+    """Raised out of an evaluation when the process is told to stop."""
+
+
 def main(args: list[str] | None = None) -> int:
     """0: trained, or saved at a signal. 2: a flag is wrong, nothing written. 1: saving failed."""
-    try:
-        config = flags.train(sys.argv[1:] if args is None else args)
-        run = prepare(config)
-    except (ValueError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    try:
-        train(run)
-    except ValueError as error:  # the text itself: a token outside the vocabulary, say
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except (SaveError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
+    with signals() as stopped:
+        try:
+            run = prepare(flags.train(sys.argv[1:] if args is None else args))
+        except (ValueError, OSError) as error:
+            print(f"train: {error}", file=sys.stderr)
+            return 2
+        run.stopped = stopped
+        try:
+            train(run)
+        except ValueError as error:  # the text itself: a token outside the vocabulary, say
+            print(f"train: {error}", file=sys.stderr)
+            return 2
+        except (SaveError, OSError) as error:
+            print(f"train: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Find out all that can be wrong with the flags; nothing is written."""
+    """Find out all that can be wrong with the flags; nothing but an empty folder is written."""
     task, folder = config.task, config.folder
     if config.steps is None and config.minutes is None:
         raise ValueError("neither --steps nor --minutes is given; training needs an end")
     if config.step is not None and not config.resume:
         raise ValueError(f"--step {config.step} goes with --resume; the steps to train are --steps")
-    if not config.resume and os.path.lexists(folder):
+    if not config.resume and os.path.lexists(folder) and not untouched(folder):
         raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
     metrics.check(config)
     task.check()
@@ -91,7 +101,13 @@ def prepare(config: TrainConfig) -> Run:
         restore(run)
     # traced here, once for all steps, so that a model that cannot run is known now
     jax.eval_shape(program.step, run.state, program.rest, batch, np.float32(0))
+    folder.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def untouched(folder: Path) -> bool:
+    """Whether this is an empty folder, or one whose run was killed before it wrote its config."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.new"}
 
 
 def restore(run: Run) -> None:
@@ -114,10 +130,11 @@ def restore(run: Run) -> None:
 def train(run: Run) -> None:
     """The training loop. There is no other."""
     config, task, program = run.config, run.config.task, run.program
-    config.folder.mkdir(parents=True, exist_ok=True)
-    new = config.folder / "config.json.new"
-    new.write_text(json.dumps(to_json(config), indent=2), "utf-8")
-    os.replace(new, config.folder / "config.json")  # whole, or the one of before
+    texts = {"config.json": json.dumps(to_json(config), indent=2), **task.files()}
+    for name, text in texts.items():
+        new = config.folder / f"{name}.new"
+        new.write_text(text, "utf-8")
+        os.replace(new, config.folder / name)  # whole, or the one of before
     saver = Saver(
         config.folder,
         to_json(config),
@@ -127,8 +144,8 @@ def train(run: Run) -> None:
     )
     recorder = metrics.Recorder(config, run.step, run.part)
     first, start = run.step, time.monotonic() - run.seconds
-    with signals() as stopped, contextlib.closing(recorder), trace(config) as tracing:
-        while run.part < 1 and not stopped():
+    with contextlib.closing(recorder), trace(config) as tracing:
+        while run.part < 1 and not run.stopped():
             tracing(run.step - first)
             batch = jax.device_put(task.batches(config.seed, run.step), placement())
             rate = learning_rate(config.optimizer, run.step, run.part)
@@ -142,23 +159,28 @@ def train(run: Run) -> None:
                 save(run, saver, recorder, validate(run, recorder))
             elif due(run.step, config.save_every):
                 save(run, saver, recorder)
-        save(run, saver, recorder, None if stopped() else validate(run, recorder))
+        save(run, saver, recorder, validate(run, recorder))
         saver.wait()
-    if stopped():
+    try:
+        finish(run)
+    except Stopped:
         print(f"stopped; step {run.step} is saved and --resume goes on from it", file=sys.stderr)
-        return
-    finish(run)
 
 
-def validate(run: Run, recorder: metrics.Recorder) -> float:
-    """The loss on held-out data."""
-    heldout = run.config.task.evaluate(score(run))
+def validate(run: Run, recorder: metrics.Recorder) -> float | None:
+    """The loss on held-out data; None if the process is told to stop."""
+    try:
+        heldout = run.config.task.evaluate(partial(score, run))
+    except Stopped:
+        return None
     recorder.add(heldout)
     return heldout["loss"]
 
 
-def score(run: Run) -> Callable:
-    return partial(run.program.score, run.state["params"], run.program.rest)
+def score(run: Run, batch: Batch, stream: Any) -> Any:
+    if run.stopped():
+        raise Stopped
+    return run.program.score(run.state["params"], run.program.rest, batch, stream)
 
 
 def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | None = None) -> None:
@@ -171,11 +193,12 @@ def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | No
 
 
 def finish(run: Run) -> None:
-    """Draw the loss curve and print what the task has to say."""
+    """Evaluate, draw the loss curve and print what the task has to say."""
     config, task = run.config, run.config.task
+    print("the last evaluation on held-out data", file=sys.stderr, flush=True)
+    heldout = task.evaluate(partial(score, run), final=True)
     if config.plot:
         print(f"\nloss curve: {plot.loss_curve(config.folder, task.unit)}")
-    heldout = task.evaluate(score(run), final=True)
     print(task.report(run.program.model(run.state), heldout, str(config.folder)), flush=True)
 
 
@@ -185,9 +208,8 @@ def due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come: the step under way is finished and saved.
-
-    A second one finds the handler of before, and ends the process at once.
+    """Whether SIGTERM or Ctrl-C has come. A second one finds the handler of before, and ends the
+    process at once.
     """
     asked, before = [], {}
 
@@ -207,13 +229,13 @@ def signals() -> Iterator[Callable[[], bool]]:
 @contextlib.contextmanager
 def trace(config: TrainConfig) -> Iterator[Callable[[int], None]]:
     """With --profile, a trace of this process's steps 5 to 10; told before each how many it did."""
-    running = False
+    wanted, running = config.profile, False
 
     def tell(done: int) -> None:
-        nonlocal running
-        if config.profile and done == 5:
+        nonlocal wanted, running
+        if wanted and done == 5:
             jax.profiler.start_trace(str(config.folder / "profile"))
-            running = True
+            wanted, running = False, True
         elif running and done == 10:
             jax.profiler.stop_trace()
             running = False
@@ -223,7 +245,11 @@ def trace(config: TrainConfig) -> Iterator[Callable[[int], None]]:
     finally:
         if running:
             jax.profiler.stop_trace()
+        if wanted:
+            print("profile: no trace, for fewer than six steps were made", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     sys.exit(main())

@@ -1,6 +1,7 @@
 """What the trainer knows of a task; each task is a frozen dataclass in a file of this folder."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -59,6 +60,10 @@ class Task(Protocol):
 
     def files(self) -> dict[str, str]:
         """Texts that a checkpoint needs besides its config, by file name."""
+        ...
+
+    def beside(self, folder: Path) -> "Task":
+        """This task where it finds `files` in a folder: their copies instead of the originals."""
         ...
 
     def decayed(self, params: Any) -> Any:

@@ -18,6 +18,7 @@ from ...models.pattern import parse
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
 from ..sampling import Choice, Generator
+from ..tokenizer import Bytes
 from . import Batch, Metrics, Score
 
 
@@ -121,6 +122,13 @@ class LMTask:
             return {}
         return {"tokenizer.json": Path(self.data.tokenizer).read_text("utf-8")}
 
+    def beside(self, folder: Path) -> "LMTask":
+        copy = folder / "tokenizer.json"
+        if self.data.tokenizer is None or not copy.is_file():
+            return self
+        data = dataclasses.replace(self.data, tokenizer=str(copy))
+        return dataclasses.replace(self, data=data)
+
     def decayed(self, params: Any) -> Any:
         return decayed(params)
 
@@ -153,7 +161,7 @@ class LMTask:
         ]
         if "bits_per_byte" not in heldout:
             return "\n".join([*lines, f"held-out loss: {heldout['loss']:.3f} nats per token"])
-        if self.corpus.vocab == 256:
+        if isinstance(tokenizer, Bytes):
             order2 = order2_bits_per_byte(self.corpus.train, self.corpus.heldout)
             lines.append(f"order-2 model: {order2:.2f}")
         return "\n".join([*lines, f"held-out bits per byte: {heldout['bits_per_byte']:.2f}"])

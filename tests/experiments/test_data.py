@@ -224,7 +224,7 @@ def test_a_tokenizer_json_and_its_bytes_a_token(tmp_path, monkeypatch):
     mapped = corpus(tmp_path / "t.npy", tokenizer=path)
     assert mapped.train.bytes_per_token == pytest.approx(c.train.bytes_per_token, rel=0.2)
     with pytest.raises(ValueError, match="vocab=100 is less than the tokenizer's"):
-        corpus(tmp_path / "rows.jsonl", tokenizer=path, vocab=100)
+        corpus(tmp_path / "t.npy", tokenizer=path, vocab=100)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"needs the package tokenizers: pip install 'scanax\[tex"):
         corpus(tmp_path / "rows.jsonl", tokenizer=path)
@@ -253,6 +253,10 @@ def test_bad_corpora_are_named(tmp_path):
         ({"paths": str(tmp_path / "floats.npy"), "vocab": 9}, r"this is float64\(5,\)"),
         ({"paths": text, "tokenizer": str(tmp_path / "t.json")}, "t.json: no such file"),
         ({"paths": text, "tokenizer": text}, "good.txt is not a tokenizer.json"),
+        ({"paths": text, "vocab": 300}, "vocab=300 is for token arrays"),
+        ({"paths": text, "document_end": 0}, "document_end=0 is for token arrays"),
+        ({"paths": text, "token_dtype": "int32"}, "token_dtype=int32 is for .bin token arrays"),
+        ({"paths": array, "vocab": 9, "field": "body"}, "field=body is for .jsonl files"),
     ):
         with pytest.raises(ValueError, match=said):
             corpus(**arguments)

@@ -194,6 +194,7 @@ BAD = {
     "--data.suffixes .py": "none are given",
     "--data.paths {folder}/big.npy --data.vocab 1000": "has 1000 tokens, the model 256",
     "--data.paths {folder}/big.npy --data.vocab 256": "token 900 at position 2 is outside",
+    "--checkpoint {folder}/arrays --data.paths {folder}/texts": "without a tokenizer; to measure",
     "--out {folder}/one.txt": "one.txt' is not a directory",
 }
 

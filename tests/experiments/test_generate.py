@@ -228,6 +228,8 @@ def test_characters_are_printed_whole(capsys, tmp_path):
     broken = b"a\xc3 b\xf0\x9f\x99"
     printed = pieces(capsys, Bytes().decode, broken)
     assert "".join(printed) == broken.decode(errors="replace")
+    printed = pieces(capsys, Bytes().decode, [97, 300, 98, 256])  # of a larger vocabulary
+    assert "".join(printed) == "a\ufffdb\ufffd"
 
 
 def words(folder, step=2, more="", kind="recurrent"):

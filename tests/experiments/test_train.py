@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -126,6 +127,8 @@ def test_runs_without_a_name_are_numbered_and_the_last_is_resumed(whole, tmp_pat
         assert flags.train([]).folder == Path("runs", name)
         Path("runs", name).mkdir(parents=True)
         (Path("runs", name) / "config.json").write_bytes((whole[0] / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"preset='mamba-130m', but runs/stdlib is of 'stdlib'"):
+        flags.train(["--resume", "--run", "runs/stdlib", "--preset", "mamba-130m"])
     resumed = flags.train(["--resume", "--steps", "30"])
     assert (resumed.folder, resumed.steps, resumed.task.length) == (Path("runs/stdlib-2"), 30, 12)
 
@@ -260,6 +263,14 @@ BAD = {
     "--optimizer.beta2 1": "beta2=1",
     "--model.gla.heads 7": "7 heads",
     "--wandb x": "scanax\\[wandb\\]",
+    "--step 3": "--step 3 goes with --resume",
+    "--seed 2147483648": "seed=2147483648.*2147483648",
+    "--final-batches -1": "final_batches=-1",
+    "--model.width 0": "width=0",
+    "--model.mamba.state 0": "mamba.state=0",
+    "--model.init-std nan": "init_std=nan",
+    "--data.document-end 0": "document_end=0 is for token arrays",
+    "--run /proc/self/none": "/proc/self/none",
 }
 
 
@@ -283,6 +294,92 @@ def test_a_save_that_fails_ends_the_run_with_1(texts, tmp_path, capsys, monkeypa
     monkeypatch.setattr(Saver, "save", fail)
     assert train.main(args(texts, tmp_path / "r", STREAM)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "train: the disk is full"
+
+
+def test_a_full_disk_under_the_log_ends_the_run_with_1(texts, tmp_path):
+    """Under a limit on the size of files; a writer of another thread would hang or lose rows."""
+    more = "--log-every 1 --validate-every 0 --save-every 0 --steps 1000000"
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    limited += "from scanax.experiments import train; sys.exit(train.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", limited, *args(texts, tmp_path / "run"), *more.split()]
+    uncached = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, env=uncached, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == f"train: the log of {tmp_path / 'run'} cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    events = list((tmp_path / "run" / "tensorboard").iterdir())
+    assert [path.stat().st_size for path in events] == [20_000]
+
+
+@pytest.mark.parametrize("moment", ["check", "evaluate"])
+def test_told_to_stop_before_the_first_step_or_in_the_last_evaluation(
+    moment, texts, tmp_path, capsys, monkeypatch
+):
+    real = getattr(LMTask, moment)
+
+    def told(task, *given, **more):
+        if moment == "check" or more.get("final"):
+            signal.raise_signal(signal.SIGTERM)
+        return real(task, *given, **more)
+
+    monkeypatch.setattr(LMTask, moment, told)
+    assert train.main([*args(texts, tmp_path / "r"), "--steps", "2"]) == 0
+    step = 0 if moment == "check" else 2
+    assert f"stopped; step {step} is saved" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path / "r") == [step]
+
+
+def test_a_run_that_was_killed_before_its_config_begins_again(texts, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json.new").write_text("{")
+    assert train.prepare(flags.train(args(texts, tmp_path / "r"))).step == 0
+    (tmp_path / "r" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="r exists"):
+        train.prepare(flags.train(args(texts, tmp_path / "r")))
+
+
+def test_a_run_keeps_its_tokenizer(texts, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models
+
+    words = ["alpha", "beta", "gamma", "delta", ",", " ", "\n"]
+    named = {word: number for number, word in enumerate(words)}
+    Tokenizer(models.BPE(named, [], ignore_merges=True)).save(str(tmp_path / "t.json"))
+    more = ["--steps", "1", "--data.tokenizer", str(tmp_path / "t.json")]
+    assert train.main([*args(texts, tmp_path / "r"), *more]) == 0
+    (tmp_path / "t.json").unlink()
+    resumed = flags.train(["--resume", "--run", str(tmp_path / "r"), "--steps", "2"])
+    assert resumed.task.data.tokenizer == str(tmp_path / "r" / "tokenizer.json")
+    assert train.prepare(resumed).config.task.corpus.vocab == len(words)
+
+
+def test_weights_and_biases_goes_on_with_the_run(texts, tmp_path, capsys, monkeypatch):
+    begun, logged = [], []
+
+    class Module:
+        def init(**given):
+            if given["project"] == "refused":
+                raise RuntimeError("no api key")
+            begun.append(given)
+            return types.SimpleNamespace(
+                log=lambda row, step: logged.append(step), finish=lambda: logged.append("end")
+            )
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    for step, more in enumerate(("", "--resume --run {run}"), 1):
+        line = f"{more} --wandb texts --steps {step}".format(run=tmp_path / "r").split()
+        assert train.main([*args(texts, tmp_path / "r"), *line]) == 0
+    assert begun[0]["id"] == begun[1]["id"] != "r" == begun[0]["name"]
+    assert logged == [1, "end", 2, "end"]
+    assert train.main([*args(texts, tmp_path / "s"), "--wandb", "refused"]) == 1
+    assert capsys.readouterr().err.endswith("train: Weights & Biases did not start: no api key\n")
+
+
+def test_a_trace_that_was_not_made_is_told(texts, tmp_path, capsys):
+    more = ["--profile", "--steps", "3", "--no-tensorboard"]
+    assert train.main([*args(texts, tmp_path / "r"), *more]) == 0
+    assert "profile: no trace" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "tensorboard").exists()
 
 
 def test_sigterm_saves_and_exits_0(texts, tmp_path):
