@@ -10,7 +10,7 @@ from scanax.layers.lightning import LightningConfig
 from scanax.layers.mlp import MLPConfig
 from scanax.layers.retention import RetentionConfig
 from scanax.models import LMConfig
-from support.parity import Case, config_of
+from support.parity import Case, Laws, config_of
 
 PADDING = 5
 
@@ -115,42 +115,29 @@ def translate(names, tensors):
     return flat
 
 
+def state_of(name, stored, ours, count):
+    (S,) = stored.values()
+    return [(ours["S"], S.swapaxes(2, 3) if name == "fla_gla" else S)]
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    make, names, bar, padded_bar = CASES[request.param]
-    case = Case(request.param, make(config_of(request.param)), partial(translate, names))
+    name = request.param
+    make, names, *bars = CASES[name]
+    named = partial(translate, names), partial(state_of, name)
+    case = Case(name, make(config_of(name)), *named, *bars)
     # these were recorded in float32 only, and TransNormerLLM's new ids without a cache
     stored = dict(case.expected)
     case.expected = stored | {"logits_fp64": stored["logits"]}
     case.expected.setdefault("greedy_cached", stored.get("greedy_full"))
-    return request.param, case, bar, padded_bar
-
-
-def test_logits_loss_and_all_gradients(case):
-    _, case, bar, _ = case
-    case.check_logits_loss_and_gradients(bar, 1e-5)
-
-
-def test_prefill_then_steps(case):
-    name, case, bar, _ = case
-
-    def state_of(stored, ours, count):
-        (S,) = stored.values()
-        return [(ours["S"], S.swapaxes(2, 3) if name == "fla_gla" else S)]
-
-    case.check_prefill_then_steps(state_of, bar)
-
-
-def test_greedy_decoding(case):
-    case[1].check_greedy()
-
-
-def test_left_padding(case):
-    name, case, _, bar = case
-    if name == "transnormer":  # nothing was recorded: the row alone stands for it
+    if name == "transnormer":  # no left padding was recorded: the row alone stands for it
         none = jnp.zeros(case.tokens.shape, bool)
         alone, _ = case.step(jnp.roll(case.tokens, -PADDING, axis=1), case.empty, none)
         logits = case.expected["logits"].copy()
         logits[0, PADDING:] = alone[0, :-PADDING]
         case.expected["logits_leftpad5_row0"] = logits
-    case.check_left_padding(bar)
+    return case
+
+
+class TestLinearAttention(Laws):
+    pass

@@ -5,7 +5,7 @@ import pytest
 from scanax.layers.attention import AttentionConfig
 from scanax.layers.mlp import MLPConfig
 from scanax.models import LMConfig
-from support.parity import Case, config_of
+from support.parity import Case, Laws, config_of
 
 LINEAR = {
     "self_attn.q_proj": "mixer.q",
@@ -59,20 +59,8 @@ def case():
             out_bias=their["attention_bias"],
         ),
     )
-    return Case("llama", config, translate)
+    return Case("llama", config, translate, state_of)
 
 
-def test_logits_loss_and_gradients(case):
-    case.check_logits_loss_and_gradients(3e-6, 1e-5)
-
-
-def test_prefill_then_steps(case):
-    case.check_prefill_then_steps(state_of, 3e-6)
-
-
-def test_left_padding(case):
-    case.check_left_padding(3e-6)
-
-
-def test_greedy(case):
-    case.check_greedy()
+class TestLlama(Laws):
+    pass

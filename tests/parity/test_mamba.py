@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scanax.layers.mamba import MambaConfig
 from scanax.models import LMConfig
-from support.parity import Case, config_of
+from support.parity import Case, Laws, config_of
 
 
 def translate(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -63,20 +63,8 @@ def case():
             conv_bias=their["use_conv_bias"],
         ),
     )
-    return Case("mamba", config, translate)
+    return Case("mamba", config, translate, state_of)
 
 
-def test_logits_loss_and_gradients(case):
-    case.check_logits_loss_and_gradients(3e-6, 1e-5)
-
-
-def test_prefill_then_steps(case):
-    case.check_prefill_then_steps(state_of, 3e-6)
-
-
-def test_left_padding(case):
-    case.check_left_padding(3e-6)
-
-
-def test_greedy(case):
-    case.check_greedy()
+class TestMamba(Laws):
+    pass

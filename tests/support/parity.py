@@ -26,9 +26,22 @@ def config_of(name: str) -> dict:
 
 
 class Case:
-    """Our model with the case's weights, its jitted calls, and the numbers to meet."""
+    """Our model with the case's weights, its jitted calls, and the numbers to meet.
 
-    def __init__(self, name: str, config: LMConfig, translate: Callable[[dict], dict]):
+    `state_of(stored, ours, tokens)` pairs a layer's arrays of our state with those stored. `bar` is
+    the largest error of values, `padded_bar` of those after left padding.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: LMConfig,
+        translate: Callable[[dict], dict],
+        state_of: Callable[[dict, dict, int], list],
+        bar: float = 3e-6,
+        padded_bar: float | None = None,
+    ):
+        self.state_of, self.bar, self.padded_bar = state_of, bar, padded_bar or bar
         folder = CASES / name
         self.expected, self.states = (
             np.load(folder / "expected.npz"),
@@ -59,52 +72,7 @@ class Case:
         )
         self.step = lambda tokens, state, reset: step(self.params, tokens, state, reset)
 
-    def check_logits_loss_and_gradients(self, logits_bar: float, gradient_bar: float) -> None:
-        (loss, logits), grads = self.loss(self.params)
-        close(loss, self.expected["loss"], 1e-6)
-        for name in ("logits", "logits_fp64"):
-            close(logits, self.expected[name], logits_bar)
-        grads = by_layer(self.config, grads)
-        assert grads.keys() == self.grads.keys()
-        for name, grad in grads.items():
-            close({name: grad}, {name: self.grads[name]}, gradient_bar)
-
-    def check_prefill_then_steps(self, state_of: Callable[[dict, int], list], bar: float) -> None:
-        """`state_of(stored, tokens)` maps the stored states to ours, one pair a layer."""
-        none = jnp.zeros(self.tokens.shape, bool)
-        logits, after, final = self._stream(none)
-        close(logits, self.expected["logits_fp64"], bar)
-        for when, state, count in (("prefill", after, PREFILL), ("final", final, 37)):
-            stored = {
-                name.removeprefix(f"{when}."): self.states[name]
-                for name in self.states
-                if name.startswith(f"{when}.")
-            }
-            for layer, ours in enumerate(state):
-                prefix = f"l{layer}."
-                one = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}
-                for actual, desired in state_of(one, ours, count):
-                    close(actual, desired, bar)
-
-    def check_left_padding(self, bar: float) -> None:
-        """Row 0 begins at its sixth token; row 1 has no padding."""
-        reset = jnp.zeros(self.tokens.shape, bool).at[0, 5].set(True).at[1, 0].set(True)
-        logits, _, _ = self._stream(reset)
-        expected = self.expected["logits_leftpad5_row0"]
-        close(logits[0, 5:], expected[0, 5:], bar)
-        close(logits[1], expected[1], bar)
-
-    def check_greedy(self) -> None:
-        expected = self.expected["greedy_cached"]
-        ids = jnp.asarray(expected[:, :PREFILL], jnp.int32)
-        new, state, reset = ids, self.empty, jnp.zeros(ids.shape, bool)
-        while ids.shape[1] < expected.shape[1]:
-            logits, state = self.step(new, state, reset)
-            new, reset = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), reset[:, :1]
-            ids = jnp.concatenate([ids, new], axis=1)
-        np.testing.assert_array_equal(ids, expected)
-
-    def _stream(self, reset):
+    def stream(self, reset):
         """Logits of a prefill and steps, and the states after the prefill and at the end."""
         tokens = self.tokens
         logits, state = self.step(tokens[:, :PREFILL], self.empty, reset[:, :PREFILL])
@@ -113,3 +81,50 @@ class Case:
             logits, state = self.step(tokens[:, t : t + 1], state, reset[:, t : t + 1])
             outputs.append(logits)
         return jnp.concatenate(outputs, axis=1), after, state
+
+
+class Laws:
+    """What every case has to meet; a file's class of tests inherits it beside a fixture `case`."""
+
+    def test_logits_loss_and_gradients(self, case):
+        (loss, logits), grads = case.loss(case.params)
+        close(loss, case.expected["loss"], 1e-6)
+        for name in ("logits", "logits_fp64"):
+            close(logits, case.expected[name], case.bar)
+        grads = by_layer(case.config, grads)
+        assert grads.keys() == case.grads.keys()
+        for name, grad in grads.items():
+            close({name: grad}, {name: case.grads[name]}, 1e-5)
+
+    def test_prefill_then_steps(self, case):
+        logits, after, final = case.stream(jnp.zeros(case.tokens.shape, bool))
+        close(logits, case.expected["logits_fp64"], case.bar)
+        for when, state, count in (("prefill", after, PREFILL), ("final", final, 37)):
+            stored = {
+                name.removeprefix(f"{when}."): case.states[name]
+                for name in case.states
+                if name.startswith(f"{when}.")
+            }
+            for layer, ours in enumerate(state):
+                prefix = f"l{layer}."
+                one = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}
+                for actual, desired in case.state_of(one, ours, count):
+                    close(actual, desired, case.bar)
+
+    def test_left_padding(self, case):
+        """Row 0 begins at its sixth token; row 1 has no padding."""
+        reset = jnp.zeros(case.tokens.shape, bool).at[0, 5].set(True).at[1, 0].set(True)
+        logits, _, _ = case.stream(reset)
+        expected = case.expected["logits_leftpad5_row0"]
+        close(logits[0, 5:], expected[0, 5:], case.padded_bar)
+        close(logits[1], expected[1], case.padded_bar)
+
+    def test_greedy(self, case):
+        expected = case.expected["greedy_cached"]
+        ids = jnp.asarray(expected[:, :PREFILL], jnp.int32)
+        new, state, reset = ids, case.empty, jnp.zeros(ids.shape, bool)
+        while ids.shape[1] < expected.shape[1]:
+            logits, state = case.step(new, state, reset)
+            new, reset = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), reset[:, :1]
+            ids = jnp.concatenate([ids, new], axis=1)
+        np.testing.assert_array_equal(ids, expected)
