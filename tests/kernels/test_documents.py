@@ -27,38 +27,41 @@ def test_where_documents_begin():
 
 
 def draw(kind):
+    op, _ = kind.split("-")
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    if kind == "selective":
+    if op == "selective":
         tokens = {"u": normal(2, TIME, 3), "delta": np.abs(normal(2, TIME, 3))}
         tokens |= {"B": normal(2, TIME, 4), "C": normal(2, TIME, 4)}
         shared = {"A": -np.abs(normal(3, 4)), "D": normal(3)}
         return tokens, shared, normal(2, 3, 4)
     tokens = {n: normal(2, TIME, 2, w) for n, w in zip("qkv", (4, 4, 3), strict=True)}
-    if kind == "constant":
+    if op == "constant":
         return tokens, {"log_decay": -np.abs(normal(2))}, normal(2, 2, 4, 3)
-    logs = -np.abs(normal(2, TIME, 2, *(4,) * (kind == "vector")))
+    logs = -np.abs(normal(2, TIME, 2, *(4,) * (op == "vector")))
     return tokens | {"log_decay": logs}, {}, normal(2, 2, 4, 3)
 
 
-OPS = ("vector", "scalar", "constant", "selective")
-READERS = (
-    "q",
-    "C",
-)  # what only reads the state spoils its own token at least, the others all after
+OPS = tuple(
+    f"{op}-{how}"
+    for op in ("vector", "scalar", "constant", "selective")
+    for how in ("reference", "associative", "xla")
+)
+READERS = ("q", "C")  # a reader spoils its own token, the others all after it too
 INPUTS = [(op, name) for op in OPS for name in draw(op)[0]]
 
 
 @cache
 def compiled(kind):
     """(tokens, shared, state, cotangents) -> ((y, state), their gradients), chunks of five."""
-    op = selective_scan if kind == "selective" else linear_attention
+    op = selective_scan if "selective" in kind else linear_attention
+    how = {"implementation": kind.split("-")[1], "chunk": 5, "reset": jnp.asarray(RESET)}
 
     def run(tokens, shared, state):
-        return op(**tokens, **shared, state=state, reset=jnp.asarray(RESET), chunk=5)
+        return op(**tokens, **shared, state=state, **how)
 
     def call(tokens, shared, state, cotangents):
         out, pull = jax.vjp(run, tokens, shared, state)
@@ -69,7 +72,7 @@ def compiled(kind):
 
 def cotangents_of(kind):
     tokens, _, state = draw(kind)
-    like = tokens["u" if kind == "selective" else "v"]
+    like = tokens["u" if "selective" in kind else "v"]
     rng = np.random.default_rng(1)
     return tuple(rng.normal(size=x.shape).astype(np.float32) for x in (like, state))
 
@@ -115,7 +118,7 @@ def test_a_bad_input_stays_in_its_document(kind, name, value):
 @pytest.mark.parametrize("kind", OPS)
 def test_a_bad_last_document_spoils_its_rows_state(kind):
     tokens, shared, state = draw(kind)
-    name = "u" if kind == "selective" else "v"
+    name = "u" if "selective" in kind else "v"
     tokens[name][0, 20, ..., 1] = np.nan
     result = compiled(kind)(tokens, shared, state, cotangents_of(kind))
     only(kind, result, LAST)
@@ -131,7 +134,7 @@ def test_a_bad_cotangent_stays_in_its_document(kind, value):
     result = compiled(kind)(*draw(kind), (dy, dstate))
     opening = (np.arange(2)[:, None] == 1) & (DOCUMENT == 1)  # it does not read its row's state
     only(kind, result, MIDDLE | opening, values=np.zeros_like(MIDDLE))
-    wrote = result[1][0]["u" if kind == "selective" else "v"]
+    wrote = result[1][0]["u" if "selective" in kind else "v"]
     assert not finite(wrote)[0, 9:14].any()  # all that the spoilt output reads
     close(result[1][2], clean(kind)[1][2], 1e-6)
 
@@ -142,7 +145,7 @@ def test_a_bad_cotangent_of_the_state_stays_in_the_last_document(kind):
     dstate[0, 0] = np.nan
     result = compiled(kind)(*draw(kind), (dy, dstate))
     only(kind, result, LAST, values=np.zeros_like(LAST))
-    assert not finite(result[1][0]["u" if kind == "selective" else "v"])[0, 17:].any()
+    assert not finite(result[1][0]["u" if "selective" in kind else "v"])[0, 17:].any()
     close(result[1][2], clean(kind)[1][2], 1e-6)
 
 
@@ -162,7 +165,7 @@ def test_a_bad_initial_state_stays_in_the_first_document(kind, value):
 def test_an_overflow_inside_stays_in_its_document(kind):
     """Finite inputs whose product is not, so that nothing at the edge of the operation sees it."""
     tokens, shared, state = draw(kind)
-    for name in ("u", "B") if kind == "selective" else ("k", "v"):
+    for name in ("u", "B") if "selective" in kind else ("k", "v"):
         tokens[name][0, 11] = 1e30
     result = compiled(kind)(tokens, shared, state, cotangents_of(kind))
     only(kind, result, MIDDLE)

@@ -158,13 +158,21 @@ def test_prefill_then_decode_is_the_whole(name):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_bfloat16_inputs(name):
-    """Against float64 of the same rounded inputs: 0.003 in root-mean-square ratio on a CPU."""
+    """Against float64 of the same rounded inputs, in root-mean-square ratio on a CPU.
+
+    Rounding the exact answer to bfloat16 alone makes 0.0017; the gradient of a softmax subtracts.
+    """
     mixer = BY_NAME[name]
-    inputs, _, reset, ((true, true_state), _) = problem(name, "mild", jnp.bfloat16)
-    kept = {"state": jax.tree.map(lambda x: np.asarray(x, np.float32), inputs["state"])}
-    y, state = jax.jit(mixer.run)(inputs | kept, reset)
+    inputs, (dy, dstate), reset, (true, true_gradients) = problem(name, "mild", jnp.bfloat16)
+
+    def exact(tree):
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+
+    inputs |= {"state": exact(inputs["state"])}
+    (y, state), gradients = with_gradients(mixer.run)(inputs, (dy, exact(dstate)), reset)
     assert y.dtype == jnp.bfloat16
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
-    for x, z in zip(jax.tree.leaves((y, state)), jax.tree.leaves((true, true_state)), strict=True):
-        error = np.sqrt(np.mean((np.asarray(x, np.float64) - z) ** 2) / np.mean(z**2))
-        assert error <= 0.003, error
+    for bar, ours, theirs in ((0.003, (y, state), true), (0.004, gradients, true_gradients)):
+        for x, z in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            error = np.sqrt(np.mean((np.asarray(x, np.float64) - z) ** 2))
+            assert error <= bar * np.sqrt(np.mean(z**2)), error

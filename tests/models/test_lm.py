@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scanax.layers.aaren import AarenConfig
 from scanax.layers.attention import AttentionConfig
 from scanax.layers.mamba2 import Mamba2Config
-from scanax.models import LM, LMConfig, decayed, merge, split
+from scanax.layers.mlp import MLPConfig
+from scanax.models import LM, LMConfig, by_layer, decayed, merge, split
 from support.compare import close
 
 B, T, CUT = 2, 19, 9
@@ -151,8 +153,33 @@ def test_head_and_embedding_options():
     plain = dataclasses.replace(config, embed_scale=False)
     scaled = {**params, "embedding": 4 * params["embedding"]}
     close(forward(plain)(scaled, ids, None, None)[0], logits, 1e-5)
-    beyond, _ = step(params, ids.at[0, 3].set(64), None, None)
-    assert np.isnan(beyond[0, 3]).all() and np.isfinite(beyond[1]).all()
+    for wrong in (64, 50, -1):
+        beyond, _ = step(params, ids.at[0, 3].set(wrong), None, None)
+        assert np.isnan(beyond[0, 3]).all() and np.isfinite(beyond[1]).all()
+
+
+@pytest.mark.parametrize(("pattern", "branches"), [("mamba", 3), ("mamba+gelu,aaren", 5)])
+def test_last_projections_start_divided_by_the_root_of_the_residual_branches(pattern, branches):
+    config = LMConfig(width=64, depth=3, pattern=pattern, mlp=MLPConfig(scale_residual=True))
+    flat = by_layer(config, parts(config)[1])
+    largest = jnp.abs(flat["layers.0.mixer.out.kernel"]).max()  # of 128 * 64 uniform draws
+    assert float(largest) == pytest.approx((128 * branches) ** -0.5, rel=0.01)
+    for name in ("layers.0.mlp.down.kernel", "layers.1.mixer.out.kernel"):
+        if "aaren" in pattern:
+            assert float(flat[name].std()) == pytest.approx(0.02 * branches**-0.5, rel=0.05)
+
+
+def test_aaren_hears_its_initial_spread():
+    config = LMConfig(width=64, depth=1, pattern="aaren", aaren=AarenConfig(init_std=0.3))
+    spread = by_layer(config, parts(config)[1])["layers.0.mixer.k.kernel"].std()
+    assert float(spread) == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_state_without_a_cache_is_refused():
+    model = merge(*parts(PAIR))
+    _, state = model(tokens())
+    with pytest.raises(ValueError, match="attention keeps no cache; begin with init_state"):
+        model(tokens(), state)
 
 
 def test_a_state_of_another_depth_is_refused():
