@@ -1,53 +1,23 @@
-"""The trainer: resuming changes nothing, parts add up, what is not finite is skipped."""
+"""Runs of the trainer: resuming changes nothing, flags say what is wrong with them."""
 
 import contextlib
 import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
-from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from scanax.experiments import checkpoint, config, flags, metrics, train
 from scanax.experiments.optimizer import OptimizerConfig, learning_rate
-from scanax.experiments.saving import SaveError, Saver
-from scanax.experiments.step import build
-from scanax.experiments.tasks import Task
 from scanax.experiments.tasks.lm import LMTask
-from support.compare import close
-
-SMALL = "--model.pattern gla+swiglu --model.width 16 --model.depth 2 --model.gla.heads 2 "
-SMALL += "--model.attention.heads 2 --rows 4 --length 12 "
-SMALL += "--heldout-batches 2 --final-batches 3 --log-every 1 "
-STREAM = "--model.pattern gla+swiglu,attention+gelu --model.attention.window 5 "
-STREAM += "--stream-state --accumulate 2 "
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """Three documents of words, long enough for a few dozen steps."""
-    folder = tmp_path_factory.mktemp("texts")
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        words = rng.choice(["alpha", "beta", "gamma\n", "delta,"], 400)
-        (folder / f"{name}.txt").write_text(" ".join(words))
-    return folder
-
-
-def args(texts, run, more=""):
-    return f"--data.paths {texts} --run {run} --steps 20 {SMALL}{more}".split()
+from support.runs import STREAM, args
 
 
 def arrays(run, step):
@@ -133,94 +103,6 @@ def test_runs_without_a_name_are_numbered_and_the_last_is_resumed(whole, tmp_pat
     assert (resumed.folder, resumed.steps, resumed.task.length) == (Path("runs/stdlib-2"), 30, 12)
 
 
-@dataclasses.dataclass(frozen=True)
-class Root(Task):
-    """A task of one weight: the loss is the root of weight times input, plus a running sum."""
-
-    unit: ClassVar[str] = "numbers"
-
-    def build(self, rngs):
-        model = nnx.Module()
-        model.kernel = nnx.Param(jnp.ones((3,), jnp.float32))
-        return model
-
-    def init_state(self, model):
-        return jnp.zeros((4,), jnp.float32)
-
-    def decayed(self, params):
-        return jax.tree.map(lambda _: True, params)
-
-    def loss(self, model, batch, state):
-        x, weights = batch["x"], batch["weights"]
-        root = jnp.sqrt(x @ model.kernel[...]) + state
-        weight = weights.sum()
-        loss = (root * weights).sum() / jnp.where(weight, weight, 1)
-        return loss, (state + x.sum(1), {"loss": loss, "weight": weight})
-
-
-def test_a_split_batch_gives_the_unsplit_update():
-    """Also where a part has less weight than another, or none."""
-    rng = np.random.default_rng(1)
-    batch = {"x": rng.uniform(1, 2, (4, 3)), "weights": np.array([1.0, 1.0, 0.0, 0.5])}
-    batch = jax.tree.map(lambda x: x.astype(np.float32), batch)
-    results = []
-    for parts in (1, 2, 4):
-        program, state = build(Root(), OptimizerConfig(), 0, parts)
-        for _ in range(3):
-            state, numbers = program.step(state, program.rest, batch, np.float32(0.1))
-        state["stream"] = state["stream"].reshape(4)
-        results.append((state, numbers))
-    for other in results[1:]:
-        close(other, results[0], 1e-6)
-    assert results[0][1]["weight"] == 2.5
-
-
-@pytest.mark.parametrize("bad", [np.nan, 0.0], ids=["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(bad):
-    """nan makes the loss nan; at 0 the root is finite and its slope is not."""
-    program, state = build(Root(), OptimizerConfig(), 0, 1)
-    good = {"x": np.ones((4, 3), np.float32), "weights": np.ones(4, np.float32)}
-    state, _ = program.step(state, program.rest, good, np.float32(0.1))
-    before = jax.device_get(state)
-    x = good["x"].copy()
-    x[2] = bad
-    state, numbers = program.step(state, program.rest, good | {"x": x}, np.float32(0.1))
-    assert np.isfinite(numbers["loss"]) == (bad == 0)
-    after = jax.device_get(state)
-    assert after.pop("skipped") == before.pop("skipped") + 1 == numbers["skipped"]
-    assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
-    state, numbers = program.step(state, program.rest, good, np.float32(0.1))
-    assert numbers["skipped"] == 1 and not np.array_equal(state["stream"], before["stream"])
-
-
-def test_streaming_reads_the_text_as_one_long_sequence(texts):
-    """Two steps' losses, the state carried, are the loss of one step of twice the length."""
-    task = flags.train(args(texts, "none", STREAM)).task
-    model, long = task.build(nnx.Rngs(0)), dataclasses.replace(task, length=24)
-    # where a document begins inside a row
-    at = next(i for i in range(1000) if long.batches(3, i)["reset"][:, 1:].any())
-    loss = nnx.jit(lambda model, batch, state: task.loss(model, batch, state)[1])
-    whole, numbers = loss(model, long.batches(3, at), task.init_state(model))
-    state, total, weight = task.init_state(model), 0.0, 0.0
-    for step in (2 * at, 2 * at + 1):
-        state, part = loss(model, task.batches(3, step), state)
-        total += part["loss"] * part["weight"]
-        weight += part["weight"]
-    assert weight == numbers["weight"] < 4 * 24  # a document's last target does not count
-    close((state, total / weight), (whole, numbers["loss"]), 1e-5)
-
-
-def test_bfloat16_computes_with_float32_masters(texts):
-    task = flags.train(args(texts, "none", "--model.dtype bfloat16")).task
-    program, state = build(task, OptimizerConfig(), 0, 1)
-    rate = np.float32(0)
-    after, numbers = jax.eval_shape(program.step, state, program.rest, task.batches(0, 0), rate)
-    kinds = {x.dtype for x in jax.tree.leaves((after["params"], after["optimizer"][1].mu))}
-    assert kinds == {jnp.dtype(jnp.float32)} and numbers["loss"].dtype == jnp.float32
-    text = program.step.lower(state, program.rest, task.batches(0, 0), rate).as_text()
-    assert re.search(r"dot_general.*bf16", text)
-
-
 def test_the_rate_warms_up_and_falls_to_its_end():
     config = OptimizerConfig(rate=2.0, warmup=4, final=0.1)
     rates = [learning_rate(config, step, step / 100) for step in range(101)]
@@ -287,58 +169,6 @@ def test_a_wrong_flag_is_one_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_fails_ends_the_run_with_1(texts, tmp_path, capsys, monkeypatch):
-    def fail(*_, **__):
-        raise SaveError("the disk is full")
-
-    monkeypatch.setattr(Saver, "save", fail)
-    assert train.main(args(texts, tmp_path / "r", STREAM)) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "train: the disk is full"
-
-
-def test_a_full_disk_under_the_log_ends_the_run_with_1(texts, tmp_path):
-    """Under a limit on the size of files; a writer of another thread would hang or lose rows."""
-    more = "--log-every 1 --validate-every 0 --save-every 0 --steps 1000000"
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-    limited += "from scanax.experiments import train; sys.exit(train.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", limited, *args(texts, tmp_path / "run"), *more.split()]
-    uncached = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = subprocess.run(command, env=uncached, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last == f"train: the log of {tmp_path / 'run'} cannot be written: File too large"
-    assert "Traceback" not in done.stderr
-    events = list((tmp_path / "run" / "tensorboard").iterdir())
-    assert [path.stat().st_size for path in events] == [20_000]
-
-
-@pytest.mark.parametrize("moment", ["check", "evaluate"])
-def test_told_to_stop_before_the_first_step_or_in_the_last_evaluation(
-    moment, texts, tmp_path, capsys, monkeypatch
-):
-    real = getattr(LMTask, moment)
-
-    def told(task, *given, **more):
-        if moment == "check" or more.get("final"):
-            signal.raise_signal(signal.SIGTERM)
-        return real(task, *given, **more)
-
-    monkeypatch.setattr(LMTask, moment, told)
-    assert train.main([*args(texts, tmp_path / "r"), "--steps", "2"]) == 0
-    step = 0 if moment == "check" else 2
-    assert f"stopped; step {step} is saved" in capsys.readouterr().err
-    assert checkpoint.steps(tmp_path / "r") == [step]
-
-
-def test_a_run_that_was_killed_before_its_config_begins_again(texts, tmp_path):
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "config.json.new").write_text("{")
-    assert train.prepare(flags.train(args(texts, tmp_path / "r"))).step == 0
-    (tmp_path / "r" / "mine.txt").write_text("")
-    with pytest.raises(ValueError, match="r exists"):
-        train.prepare(flags.train(args(texts, tmp_path / "r")))
-
-
 def test_a_run_keeps_its_tokenizer(texts, tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models
 
@@ -373,29 +203,3 @@ def test_weights_and_biases_goes_on_with_the_run(texts, tmp_path, capsys, monkey
     assert logged == [1, "end", 2, "end"]
     assert train.main([*args(texts, tmp_path / "s"), "--wandb", "refused"]) == 1
     assert capsys.readouterr().err.endswith("train: Weights & Biases did not start: no api key\n")
-
-
-def test_a_trace_that_was_not_made_is_told(texts, tmp_path, capsys):
-    more = ["--profile", "--steps", "3", "--no-tensorboard"]
-    assert train.main([*args(texts, tmp_path / "r"), *more]) == 0
-    assert "profile: no trace" in capsys.readouterr().err
-    assert not (tmp_path / "r" / "tensorboard").exists()
-
-
-def test_sigterm_saves_and_exits_0(texts, tmp_path):
-    run, script = tmp_path / "run", Path(train.__file__)
-    command = [sys.executable, str(script), *args(texts, run, STREAM), "--steps", "1000000"]
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=script.parent)
-        try:
-            while not metrics.read(run):
-                assert process.poll() is None, (tmp_path / "said").read_text()
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(120) == 0, (tmp_path / "said").read_text()
-        finally:
-            process.kill()
-    step = checkpoint.latest(run)
-    assert metrics.read(run)[-1]["step"] == step
-    assert f"step {step} is saved" in (tmp_path / "said").read_text()
-    assert not os.path.exists(run / "loss.png")
