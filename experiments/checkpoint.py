@@ -89,6 +89,18 @@ def manifest(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
     raise _damaged(folder, reason)
 
 
+def mark(directory: str | os.PathLike[str], step: int, metric: float | None) -> None:
+    """Put the metric, measured later, into the checkpoint of `step`; whole or not at all."""
+    about = manifest(directory, step) | {"metric": metric}
+    write_manifest(Path(directory, str(step)), about)
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    new = folder / f"{MANIFEST}.new"
+    new.write_text(json.dumps({"crc32": seal(about), "manifest": about}, indent=1), "utf-8")
+    os.replace(new, folder / MANIFEST)
+
+
 def load_config(directory: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
     """The config saved beside the arrays, without reading them; of the latest step by default."""
     return json.loads(load_file(directory, "config.json", step))

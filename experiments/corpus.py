@@ -52,8 +52,8 @@ class DataConfig:
     """In directories, only files whose names end so (.py .txt); empty: every file not hidden."""
     field: str = "text"
     """The field of each JSONL row that holds the text."""
-    token_dtype: str = "uint16"
-    """Type of the numbers in .bin token arrays: uint8, uint16, uint32 or int32."""
+    token_dtype: str | None = None
+    """Type of the numbers in .bin token arrays: uint8, uint16 (if None), uint32 or int32."""
     document_end: int | None = None
     """The token that closes a document in token arrays; what follows it starts fresh."""
     vocab: int | None = None
@@ -67,7 +67,7 @@ def corpus(
     tokenizer: str | None = None,
     suffixes: Sequence[str] = (),
     field: str = "text",
-    token_dtype: str = "uint16",
+    token_dtype: str | None = None,
     document_end: int | None = None,
     vocab: int | None = None,
 ) -> Corpus:
@@ -81,7 +81,7 @@ def corpus(
     for option, value, default, heard, by in (
         ("document_end", document_end, None, arrays, "token arrays"),
         ("vocab", vocab, None, arrays, "token arrays"),
-        ("token_dtype", token_dtype, "uint16", ".bin" in suffix, ".bin token arrays"),
+        ("token_dtype", token_dtype, None, ".bin" in suffix, ".bin token arrays"),
         ("field", field, "text", ".jsonl" in suffix, ".jsonl files"),
     ):
         if value != default and not heard:
@@ -89,7 +89,7 @@ def corpus(
     if arrays:
         tokens = tokenizers.load(tokenizer) if tokenizer is not None else None
         vocab = _vocab(vocab, tokens, name)
-        parts, rest = (_arrays(found, token_dtype) for found in (files, held))
+        parts, rest = (_arrays(found, token_dtype or "uint16") for found in (files, held))
         if not held:
             parts, rest = _tail(parts)
         per_token = _sampled(parts, vocab, tokens)

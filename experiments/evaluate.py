@@ -125,8 +125,9 @@ def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
         tokenizer=config.data.tokenizer or own.tokenizer,
     )
     if texts.are_arrays(given.paths, given.suffixes):
-        end = own.document_end if given.document_end is None else given.document_end
-        given = dataclasses.replace(given, vocab=given.vocab or own.vocab, document_end=end)
+        for name in ("vocab", "document_end", "token_dtype"):
+            if getattr(given, name) is None:
+                given = dataclasses.replace(given, **{name: getattr(own, name)})
     elif loaded.tokenizer is None and given.tokenizer is None:
         raise ValueError(
             f"{config.checkpoint} was trained on token arrays without a tokenizer; to measure text "

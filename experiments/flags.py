@@ -53,8 +53,16 @@ def folder(preset: str, resume: bool) -> Path:
     """Of runs/PRESET, runs/PRESET-2, ...: the last one there is to resume, else the next."""
     last, number = None, 1
     while (path := Path(f"runs/{preset}-{number}" if number > 1 else f"runs/{preset}")).exists():
+        if untouched(path):
+            break
         last, number = path, number + 1
     return last if resume and last is not None else path
+
+
+def untouched(folder: Path) -> bool:
+    """Whether this is an empty folder, or one whose run ended before it wrote its config."""
+    early = {"config.json.new", "wandb_id", "wandb"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= early
 
 
 def files() -> list[str]:

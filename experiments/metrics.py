@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ class Log:
     checkpoint, are dropped: those steps are done again.
     """
 
-    def __init__(self, config: TrainConfig, step: int):
+    def __init__(self, config: TrainConfig, step: int, wandb: Any):
+        self.wandb = wandb
         self.folder = folder = config.folder
         kept = [row for row in read(folder) if row["step"] <= step]
         path, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
         new.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
         os.replace(new, path)
-        self.wandb = start_wandb(config) if config.wandb else None
         self.file = path.open("a", encoding="utf-8")
         self.board = Board(folder / "tensorboard", step) if config.tensorboard else None
 
@@ -76,17 +77,25 @@ class Log:
         self.file.flush()
         if self.board is not None:
             self.board.write(row["step"], numbers)
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=row["step"])
+        self._tell(lambda run: run.log(numbers, step=row["step"]))
 
     def close(self) -> None:
-        """Every row is flushed as it is written; what a full disk did not take is left out."""
+        """Rows are flushed as they are written; what a full disk did not take is left out."""
         with contextlib.suppress(OSError):
             self.file.close()
         if self.board is not None:
             self.board.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell(lambda run: run.finish())
+
+    def _tell(self, what: Callable[[Any], None]) -> None:
+        """To W&B, whose errors, of its own kinds, do not end a run."""
+        if self.wandb is None:
+            return
+        try:
+            what(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            print(f"train: goes on without Weights & Biases: {error}", file=sys.stderr)
 
 
 class Board:
@@ -96,6 +105,7 @@ class Board:
         from tensorboardX.event_file_writer import EventsWriter
 
         folder.mkdir(exist_ok=True)
+        self.flushed = time.monotonic()
         self.writer = EventsWriter(str(folder / "events"), f".{step}")
         # a module made at run time, whose contents no checker sees
         self.kinds: Any = importlib.import_module("tensorboardX.proto.event_pb2")
@@ -107,7 +117,9 @@ class Board:
 
         for name, value in numbers.items():
             self.add(step=step, summary=scalar(name, value))
-        self.writer.flush()
+        if time.monotonic() - self.flushed > 30:  # it waits for the disk
+            self.writer.flush()
+            self.flushed = time.monotonic()
 
     def add(self, **what: Any) -> None:
         self.writer.write_event(self.kinds.Event(wall_time=time.time(), **what))
@@ -119,6 +131,8 @@ class Board:
 
 def start_wandb(config: TrainConfig) -> Any:
     """A W&B run of the id that this run's folder keeps, so that a resumed one goes on there."""
+    if not config.wandb:
+        return None
     known = config.folder / "wandb_id"
     if not known.exists():
         known.write_text(secrets.token_hex(4), "utf-8")
@@ -138,8 +152,9 @@ def start_wandb(config: TrainConfig) -> Any:
 class Recorder:
     """Rows and the progress line from what steps return, one step late: the device never waits."""
 
-    def __init__(self, config: TrainConfig, step: int, part: float):
-        self.config, self.unit, self.log = config, config.task.unit, Log(config, step)
+    def __init__(self, config: TrainConfig, step: int, part: float, wandb: Any = None):
+        self.config, self.unit, self.log = config, config.task.unit, Log(config, step, wandb)
+        self.done = step
         self.waiting: tuple[Row, Any, float] | None = None
         self.heldout: Row = {}
         self.begun = self.mark = time.monotonic()
@@ -155,6 +170,8 @@ class Recorder:
         self.heldout = {f"heldout_{name}": value for name, value in heldout.items()}
         if self.waiting is not None:
             self.waiting[0].update(self.heldout)
+        else:  # of the step that a run resumed from
+            self.log.write({"step": self.done} | self.heldout)
         self.mark = time.monotonic()
 
     def flush(self) -> None:
@@ -186,9 +203,16 @@ class Recorder:
         )
         sys.stderr.flush()
 
-    def close(self) -> None:
-        self.flush()
-        self.log.close()
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Write what waits; another error under way is not replaced by one of writing."""
+        try:
+            with contextlib.suppress(*([] if kind is None else [OSError])):
+                self.flush()
+        finally:
+            self.log.close()
         if sys.stderr.isatty():
             print(file=sys.stderr)
 

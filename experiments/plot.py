@@ -9,12 +9,12 @@ def loss_curve(folder: Path, unit: str) -> Path:
     """Draw loss.png: training and held-out loss by step, in bits per byte where those are known."""
     from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
 
-    rows = [row for row in read(folder) if row["loss"] is not None]
+    rows = read(folder)
     bits = any("bits_per_byte" in row for row in rows)
     name = "bits_per_byte" if bits else "loss"
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    train = [(row["step"], row[name]) for row in rows]
+    train = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     held = [(row["step"], row.get(f"heldout_{name}")) for row in rows]
     held = [(step, value) for step, value in held if value is not None]
     if train:

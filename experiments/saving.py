@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from .checkpoint import MANIFEST, best, crc32, named, seal, steps
+from .checkpoint import best, crc32, named, steps, write_manifest
 
 _FULL = {errno.ENOSPC: "No space left", errno.EFBIG: "File too large", errno.EDQUOT: "quota"}
 
@@ -121,8 +121,7 @@ class Saver:
                     path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
                     for path in files
                 }
-                sealed = {"crc32": seal(manifest), "manifest": manifest}
-                (folder / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+                write_manifest(folder, manifest)
                 self._remove(other for other in steps(self.directory) if other > floor)
                 folder.rename(self.directory / str(step))
                 recent, lowest = steps(self.directory)[-self.keep :], best(self.directory)

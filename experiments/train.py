@@ -13,10 +13,10 @@ import contextlib
 import dataclasses
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +42,8 @@ class Run:
     """Seconds of training, earlier processes included."""
     saved: int | None = None
     """The step of the last checkpoint."""
+    heldout: float | None = None
+    """The held-out loss in it, if it was measured."""
     stopped: Callable[[], bool] = lambda: False
     """Whether the process was told to stop: the step under way is finished and saved."""
 
@@ -61,7 +63,7 @@ class Stopped(Exception):
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: trained, or saved at a signal. 2: a flag is wrong, nothing written. 1: saving failed."""
+    """0: trained, or saved at a signal. 2: a flag or the text is wrong. 1: saving failed."""
     with signals() as stopped:
         try:
             run = prepare(flags.train(sys.argv[1:] if args is None else args))
@@ -87,7 +89,7 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError("neither --steps nor --minutes is given; training needs an end")
     if config.step is not None and not config.resume:
         raise ValueError(f"--step {config.step} goes with --resume; the steps to train are --steps")
-    if not config.resume and os.path.lexists(folder) and not untouched(folder):
+    if not config.resume and os.path.lexists(folder) and not flags.untouched(folder):
         raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
     metrics.check(config)
     task.check()
@@ -105,11 +107,6 @@ def prepare(config: TrainConfig) -> Run:
     return run
 
 
-def untouched(folder: Path) -> bool:
-    """Whether this is an empty folder, or one whose run was killed before it wrote its config."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json.new"}
-
-
 def restore(run: Run) -> None:
     """Go on from a checkpoint of the run's folder; from the start if it was killed before one."""
     config, task, params = run.config, run.config.task, run.state["params"]
@@ -125,11 +122,13 @@ def restore(run: Run) -> None:
     run.state = jax.device_put(state, placement())
     run.step = run.saved = found.step
     run.seconds = found.metadata["seconds"]
+    run.heldout = checkpoint.manifest(config.folder, found.step)["metric"]
 
 
 def train(run: Run) -> None:
     """The training loop. There is no other."""
     config, task, program = run.config, run.config.task, run.program
+    board = metrics.start_wandb(config)  # first, for it may fail
     texts = {"config.json": json.dumps(to_json(config), indent=2), **task.files()}
     for name, text in texts.items():
         new = config.folder / f"{name}.new"
@@ -142,9 +141,12 @@ def train(run: Run) -> None:
         resumed=run.saved,
         files=task.files(),
     )
-    recorder = metrics.Recorder(config, run.step, run.part)
+    recorder = metrics.Recorder(config, run.step, run.part, board)
     first, start = run.step, time.monotonic() - run.seconds
-    with contextlib.closing(recorder), trace(config) as tracing:
+    with recorder, trace(config) as tracing:
+        due_now = run.part == 1 or due(run.step, config.validate_every)
+        if run.saved and run.heldout is None and due_now:  # it was cut off when the run stopped
+            checkpoint.mark(config.folder, run.saved, validate(run, recorder))
         while run.part < 1 and not run.stopped():
             tracing(run.step - first)
             batch = jax.device_put(task.batches(config.seed, run.step), placement())
@@ -159,7 +161,8 @@ def train(run: Run) -> None:
                 save(run, saver, recorder, validate(run, recorder))
             elif due(run.step, config.save_every):
                 save(run, saver, recorder)
-        save(run, saver, recorder, validate(run, recorder))
+        if run.step != run.saved:
+            save(run, saver, recorder, validate(run, recorder))
         saver.wait()
     try:
         finish(run)
@@ -212,6 +215,9 @@ def signals() -> Iterator[Callable[[], bool]]:
     process at once.
     """
     asked, before = [], {}
+    if threading.current_thread() is not threading.main_thread():  # only that one hears signals
+        yield lambda: False
+        return
 
     def ask(kind, _):
         asked.append(kind)

@@ -98,6 +98,10 @@ class Chunk:
         """x where no document starts in the chunk, else zero."""
         return x if self.reset is None else jnp.where(self.cut, 0, x)
 
+    def weighted(self, scores):
+        """Scores of j < i times the decay between, else zero, where they overflow too."""
+        return jnp.where(self.pairs.any(axis=0), scores * self.weight, 0)
+
     def own(self, scores):
         """A token's score with itself, which no decay touches: the diagonal as a column."""
         return jnp.sum(jnp.where(self.diagonal, scores, 0), axis=-1)[..., None]
@@ -105,24 +109,26 @@ class Chunk:
     def scores(self):
         """q_i . k_j times the decay from j to i: (B, H, i, j)."""
         if not self.vector:
-            weight = self.weight + self.diagonal
-            return self.only("same", self.dot("bhik,bhjk->bhij", self.q, self.k) * weight)
+            scores = self.dot("bhik,bhjk->bhij", self.q, self.k)
+            scores = jnp.where(self.diagonal, scores, self.weighted(scores))
+            return self.only("same", scores)
         parts = self.dot("lbhik,lbhjk->lbhij", self.q_levels, self.k_levels)
-        own = jnp.sum(self.q * self.k, axis=-1)[..., None] * self.diagonal
-        return self.only("same", jnp.sum(jnp.where(self.pairs, parts, 0), axis=0) + own)
+        own = jnp.sum(self.q * self.k, axis=-1)[..., None]
+        scores = jnp.sum(jnp.where(self.pairs, parts, 0), axis=0)
+        return self.only("same", jnp.where(self.diagonal, own, scores))
 
     def scores_pull(self, d, d_T):
         """Gradients of q and k from that of `scores`, plain and transposed, off the diagonal."""
         d, d_T = self.only("same", d), self.only("same", d_T)
         if not self.vector:
-            d, d_T = d * self.weight, d_T * self.weight.swapaxes(-1, -2)
+            d, d_T = self.weighted(d), self.weighted(d_T.swapaxes(-1, -2)).swapaxes(-1, -2)
             return self.dot("bhij,bhjk->bhik", d, self.k), self.dot("bhji,bhik->bhjk", d_T, self.q)
         dq = self.dot("lbhij,lbhjk->lbhik", jnp.where(self.pairs, d, 0), self.k_levels)
         dk = self.dot("lbhji,lbhik->lbhjk", jnp.where(self.pairs_T, d_T, 0), self.q_levels)
         return jnp.sum(self.levels * dq, axis=0), jnp.sum(self.levels * dk, axis=0)
 
     def decay_pull(self, inside, at_start, at_end, through):
-        """Gradient of the logs: what crosses token t, none of it as a difference of large sums.
+        """Gradient of the logs: what crosses token t, and no difference reaches beyond the chunk.
 
         inside: what tokens read less what they give within the chunk, (B, H, C, K); at_start: what
         they read of the incoming state; at_end: what they give to the outgoing one; through
@@ -184,7 +190,7 @@ def _backward(size, residuals, cotangents):
         own = c.own(d_scores)
         dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q
         dv = c.dot("bhij,bhiv->bhjv", c.scores(), dy)
-        dv += c.dot("bhjk,bhkv->bhjv", c.only("last", c.k * c.to_end), d_next)
+        dv += c.only("last", c.dot("bhjk,bhkv->bhjv", c.k * c.to_end, d_next))
         seen = c.only("first", c.q * c.from_start)
         d_before = c.unbroken(c.whole * d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
         grads = zip((dq, dk, dv, d_decay), xs, strict=False)

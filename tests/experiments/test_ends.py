@@ -57,6 +57,49 @@ def test_told_to_stop_before_the_first_step_or_in_the_last_evaluation(
     assert checkpoint.steps(tmp_path / "r") == [step]
 
 
+def test_a_validation_that_was_cut_off_is_made_up_for(texts, tmp_path, capsys, monkeypatch):
+    real, told = LMTask.evaluate, []
+
+    def evaluate(*given, **more):
+        if not told:
+            told.append(signal.raise_signal(signal.SIGTERM))
+        return real(*given, **more)
+
+    monkeypatch.setattr(LMTask, "evaluate", evaluate)
+    assert train.main([*args(texts, tmp_path / "r"), "--steps", "3"]) == 0
+    assert "stopped; step 3 is saved" in capsys.readouterr().err
+    assert checkpoint.best(tmp_path / "r") is None
+    assert train.main(["--resume", "--run", str(tmp_path / "r")]) == 0
+    assert checkpoint.best(tmp_path / "r") == 3
+    measured = checkpoint.manifest(tmp_path / "r", 3)["metric"]
+    assert metrics.read(tmp_path / "r")[-1]["heldout_loss"] == measured
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(texts, tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    for more in (["--steps", "2"], ["--resume", "--run", str(tmp_path / "r"), "--steps", "3"]):
+        assert train.main([*args(texts, tmp_path / "r"), *more]) == 0
+    seen = []
+    for path in sorted((tmp_path / "r" / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # a record: its length in 8 bytes, 4 of check, the event, 4 of check
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16
+            if event.HasField("session_log"):
+                seen.append(("start", event.step))
+            seen += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    losses = [(row["step"], row["loss"]) for row in metrics.read(tmp_path / "r")]
+    assert [(e[1], pytest.approx(e[2])) for e in seen if e[0] == "loss"] == losses
+    assert [e for e in seen if e[0] == "start"] == [("start", 1), ("start", 3)]
+
+
+def test_a_trace_is_written(texts, tmp_path):
+    assert train.main([*args(texts, tmp_path / "r"), "--profile", "--steps", "7"]) == 0
+    assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
+
+
 def test_a_run_that_was_killed_before_its_config_begins_again(texts, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json.new").write_text("{")

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     for name in "xyz":
         (folder / "single" / f"{name}.txt").write_text(name)
     np.save(folder / "big.npy", np.array([1, 2, 900, 3] * 9))
-    np.save(folder / "array.npy", np.arange(99) % 7)
+    (np.arange(99, dtype=np.uint32) % 7).tofile(folder / "array.bin")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +52,8 @@ def folder(tmp_path_factory):
 
     data = DataConfig(paths=(str(folder / "texts"),))
     untrained.save(folder / "bytes", untrained.SMALL, data, length=LENGTH)
-    arrays = DataConfig(paths=(str(folder / "array.npy"),), vocab=200)
+    arrays = DataConfig((str(folder / "array.bin"),), token_dtype="uint32", document_end=6)
+    arrays = dataclasses.replace(arrays, vocab=200)
     untrained.save(folder / "arrays", untrained.SMALL, arrays, length=LENGTH)
     words = dataclasses.replace(untrained.SMALL, vocab=tokenizer.get_vocab_size())
     data = dataclasses.replace(data, tokenizer=str(folder / "gone.json"))
@@ -158,7 +159,12 @@ def test_some_tokens_only_are_spread_over_the_text(folder):
 def test_a_token_array_is_measured_without_bits_per_byte(folder, capsys):
     code, results = run(folder, "arrays", "--lengths", "1", "2")
     assert code == 0 and "bits_per_byte" not in results["lengths"][0]
-    assert results["lengths"][0]["tokens"] == 3  # the last twentieth; nothing follows its last
+    # of the last twentieth, 4 5 6 0: nothing follows the 0, and a document begins with it
+    assert results["lengths"][0]["tokens"] == 2
+    code, results = run(
+        folder, "arrays", "--data.paths", str(folder / "array.bin"), "--tokens", "0"
+    )
+    assert code == 0 and results["lengths"][0]["tokens"] == 98 - 14  # as the run's own flags say
 
 
 def test_results_lie_where_asked_and_whole(folder, tmp_path, capsys):

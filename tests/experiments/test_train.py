@@ -96,6 +96,7 @@ def test_runs_without_a_name_are_numbered_and_the_last_is_resumed(whole, tmp_pat
     for name in ("stdlib", "stdlib-2"):
         assert flags.train([]).folder == Path("runs", name)
         Path("runs", name).mkdir(parents=True)
+        assert flags.train([]).folder == Path("runs", name)  # it is empty
         (Path("runs", name) / "config.json").write_bytes((whole[0] / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"preset='mamba-130m', but runs/stdlib is of 'stdlib'"):
         flags.train(["--resume", "--run", "runs/stdlib", "--preset", "mamba-130m"])
@@ -191,9 +192,12 @@ def test_weights_and_biases_goes_on_with_the_run(texts, tmp_path, capsys, monkey
             if given["project"] == "refused":
                 raise RuntimeError("no api key")
             begun.append(given)
-            return types.SimpleNamespace(
-                log=lambda row, step: logged.append(step), finish=lambda: logged.append("end")
-            )
+            return types.SimpleNamespace(log=log, finish=lambda: logged.append("end"))
+
+    def log(row, step):
+        logged.append(step)
+        if step == 3:
+            raise RuntimeError("no network")
 
     monkeypatch.setitem(sys.modules, "wandb", Module)
     for step, more in enumerate(("", "--resume --run {run}"), 1):
@@ -201,5 +205,10 @@ def test_weights_and_biases_goes_on_with_the_run(texts, tmp_path, capsys, monkey
         assert train.main([*args(texts, tmp_path / "r"), *line]) == 0
     assert begun[0]["id"] == begun[1]["id"] != "r" == begun[0]["name"]
     assert logged == [1, "end", 2, "end"]
-    assert train.main([*args(texts, tmp_path / "s"), "--wandb", "refused"]) == 1
-    assert capsys.readouterr().err.endswith("train: Weights & Biases did not start: no api key\n")
+    for _ in range(2):  # the folder is still free
+        assert train.main([*args(texts, tmp_path / "s"), "--wandb", "refused"]) == 1
+        said = capsys.readouterr().err
+        assert said.endswith("train: Weights & Biases did not start: no api key\n")
+    assert train.main([*args(texts, tmp_path / "t"), "--wandb", "texts", "--steps", "4"]) == 0
+    assert "train: goes on without Weights & Biases: no network\n" in capsys.readouterr().err
+    assert logged[4:] == [1, 2, 3] and checkpoint.latest(tmp_path / "t") == 4

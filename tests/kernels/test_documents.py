@@ -172,6 +172,29 @@ def test_an_overflow_inside_stays_in_its_document(kind):
     assert not finite(result[0][0])[0, 11:17].any()
 
 
+@pytest.mark.parametrize("kind", OPS)
+def test_an_overflow_of_the_backward_stays_in_its_document(kind):
+    """Of a cotangent that is finite, and so is all that the operation is given or gives."""
+    tokens, shared, state = draw(kind)
+    dy, dstate = cotangents_of(kind)
+    tokens["C" if "selective" in kind else "q"][0, 11] = 1e20
+    dy[0, 11] = 1e20
+    result = compiled(kind)(tokens, shared, state, (dy, dstate))
+    only(kind, result, MIDDLE)
+    assert not finite(result[1][0]["u" if "selective" in kind else "v"])[0, 9:12].any()
+    close(result[1][2], clean(kind)[1][2], 1e-6)
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_an_overflow_with_a_later_token_is_not_seen(kind):
+    """A score above the diagonal may overflow; times a weight of zero it would be nan."""
+    tokens, shared, state = draw(kind)
+    reads, writes = ("C", "B") if "selective" in kind else ("q", "k")
+    tokens[reads][0, 10] = tokens[writes][0, 11] = 1e20
+    result = compiled(kind)(tokens, shared, state, cotangents_of(kind))
+    assert finite(result[0][0])[0, :11].all()
+
+
 def masked_sum(tokens, shared, state, reset):
     """Sums within documents by a matrix of zeros and ones, so that 0 * nan is a danger."""
     document = segments(reset)

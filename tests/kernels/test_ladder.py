@@ -168,7 +168,7 @@ def test_bfloat16_inputs(name):
     def exact(tree):
         return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
 
-    inputs |= {"state": exact(inputs["state"])}
+    inputs = inputs | {"state": exact(inputs["state"])}
     (y, state), gradients = with_gradients(mixer.run)(inputs, (dy, exact(dstate)), reset)
     assert y.dtype == jnp.bfloat16
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
