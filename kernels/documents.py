@@ -25,6 +25,32 @@ def starts(reset: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(reset, index, 0), axis=1)
 
 
+def positions(
+    length: int, start: Int[Array, "B"] | None = None, reset: Bool[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Each token's distance from the last reset at or before it, and the index that comes next.
+
+    `start` is the position of the first token of a row that has not been reset yet (0 if None).
+    With neither `start` nor `reset` one row (B = 1) stands for all.
+    """
+    time = jnp.arange(length, dtype=jnp.int32)
+    index = time[None] if start is None else time + start[:, None].astype(jnp.int32)
+    if reset is not None:
+        latest = jax.lax.cummax(jnp.where(reset, time, -1), axis=1)
+        index = jnp.where(latest >= 0, time - latest, index)
+    return index, index[:, -1] + 1
+
+
+def last_document(reset: Bool[Array, "B T"] | None, tokens: Any) -> tuple[Bool[Array, "B"], Any]:
+    """Whether a document starts, and the tokens (B, T, ...), zero but for the last document's."""
+    first = jax.tree.leaves(tokens)[0]
+    if reset is None:
+        return jnp.zeros(first.shape[0], bool), tokens
+    document = segments(reset)
+    others = document != document[:, -1:]
+    return document[:, -1] > 0, _put(tokens, others, 0.0)
+
+
 def _reached(bad: Array, reset: Array, *, reverse: bool = False) -> Array:
     """Which tokens have a bad one at or before (in `reverse`, after) them in their document."""
     if reverse:  # read backwards, a document begins at the token before the next reset

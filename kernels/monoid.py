@@ -59,6 +59,7 @@ def _softmax_combine(earlier, later):
     return m, a1 * u1 + a2 * u2, a1[..., None] * w1 + a2[..., None] * w2
 
 
+COUNT = Monoid(lambda like: jax.tree.map(jnp.zeros_like, like), jnp.add)  # of tokens
 DECAY = decay()
 SOFTMAX = Monoid(_softmax_identity, _softmax_combine)
 """(maximum score, sum of exp(score - maximum), the same sum weighted by values); reads w / u."""

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels.attention import fixed_query
 from ..kernels.monoid import LOWEST
+from ..sharding.ops import fixed_query
 from .depth import ONLY, Depth
 from .linear import Linear
 

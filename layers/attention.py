@@ -9,11 +9,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels.attention import attention
+from ..sharding.ops import attention, positions
 from . import cache
 from .depth import ONLY, Depth
 from .linear import Linear
-from .position import positions, rotary_angles, rotary_frequencies, rotate_half
+from .position import rotary_angles, rotary_frequencies, rotate_half
 
 State = dict[str, Array]
 

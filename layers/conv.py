@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .position import positions
+from ..kernels.documents import positions
+from ..sharding import sequence
 
 BLOCK = 128  # tokens whose share of the kernel's gradient is summed at once
 
@@ -46,24 +48,34 @@ class ShortConv(nnx.Module):
 
         `window` is what an earlier call returned; the new one has its dtype (that of x if None).
         """
-        (batch, time, _), past = x.shape, self.size - 1
         if window is None:
-            window = self.init_window(batch, x.dtype)
-        padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
-        exact = jnp.promote_types(jnp.float32, self.dtype)
-        age = jnp.full((batch, time), past, jnp.int32)  # how far back each token may look
-        if reset is not None:
-            age, _ = positions(time, age[:, 0], reset)
-        y = convolve(self.kernel[...].astype(self.dtype).astype(exact), padded, age)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(exact)
-        lags = jnp.arange(past - 1, -1, -1, dtype=jnp.int32)
-        tail = jnp.where((age[:, -1:] >= lags)[..., None], padded[:, time:], 0)
-        return y.astype(self.dtype), tail.astype(window.dtype)
+            window = self.init_window(x.shape[0], x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        weights = self.kernel[...].astype(self.dtype), bias
+        spread = P(None, "tensor"), None if bias is None else P("tensor")
+        y, window = sequence.run_window(_convolved, x, weights, window, reset, spread)
+        return y.astype(self.dtype), window
 
     def init_window(self, batch: int, dtype: DTypeLike) -> Float[Array, "B W D"]:
         """The window before any token."""
         return jnp.zeros((batch, self.size - 1, self.channels), dtype)
+
+
+def _convolved(x, weights, window, reset):
+    """(y in at least float32, the last inputs of the current document)."""
+    (batch, time, _), past = x.shape, window.shape[1]
+    kernel, bias = weights
+    padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+    exact = jnp.promote_types(jnp.float32, kernel.dtype)
+    age = jnp.full((batch, time), past, jnp.int32)  # how far back each token may look
+    if reset is not None:
+        age, _ = positions(time, age[:, 0], reset)
+    y = convolve(kernel.astype(exact), padded, age)
+    if bias is not None:
+        y = y + bias.astype(exact)
+    lags = jnp.arange(past - 1, -1, -1, dtype=jnp.int32)
+    tail = jnp.where((age[:, -1:] >= lags)[..., None], padded[:, time:], 0)
+    return y, tail.astype(window.dtype)
 
 
 @jax.custom_vjp

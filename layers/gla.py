@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import linear_attention
+from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels.selective_scan import selective_scan
+from ..sharding.ops import selective_scan
 from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear

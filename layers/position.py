@@ -1,26 +1,9 @@
-"""Positions within a document, and rotary embeddings of them (arXiv:2104.09864)."""
+"""Rotary embeddings of positions (arXiv:2104.09864)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
-
-
-def positions(
-    length: int, start: Int[Array, "B"] | None = None, reset: Bool[Array, "B T"] | None = None
-) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Each token's distance from the last reset at or before it, and the index that comes next.
-
-    `start` is the position of the first token of a row that has not been reset yet (0 if None).
-    With neither `start` nor `reset` one row (B = 1) stands for all.
-    """
-    time = jnp.arange(length, dtype=jnp.int32)
-    index = time[None] if start is None else time + start[:, None].astype(jnp.int32)
-    if reset is not None:
-        latest = jax.lax.cummax(jnp.where(reset, time, -1), axis=1)
-        index = jnp.where(latest >= 0, time - latest, index)
-    return index, index[:, -1] + 1
+from jaxtyping import Array, Float, Int
 
 
 def rotary_frequencies(

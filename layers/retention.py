@@ -11,13 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import linear_attention
+from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
 from .depth import ONLY, Depth
 from .linear import Linear
 from .norm import RMSNorm, SimpleRMSNorm
-from .position import positions, rotary_angles, rotate_half, rotate_interleaved
+from .position import rotary_angles, rotate_half, rotate_interleaved
 
 
 @dataclasses.dataclass(frozen=True)

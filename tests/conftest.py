@@ -13,6 +13,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scanax" / "jax"),
 )
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for the tests of meshes
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
 

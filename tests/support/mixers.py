@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scanax.kernels import attention, fixed_query, linear_attention, selective_scan
+from scanax.sharding.ops import attention, fixed_query, linear_attention, selective_scan
 
 ADVERSARIAL = np.array([0.0, -1e-4, -1.0, -30.0, -200.0])  # log decays, mixed in one tensor
 UNIFORM = {"minus30": -30.0, "minus200": -200.0}

@@ -1,0 +1,80 @@
+"""A mesh of devices from a line of text, and what code that runs on one may ask of it.
+
+Every mesh has all axes, those that are not named with one device, so that a PartitionSpec fits any:
+
+    pipe      spans of layers        data      rows of a batch
+    fsdp      rows, and parameters between their uses
+    expert    experts                seq       time
+    tensor    heads and features
+
+The axes are Auto: XLA places what no constraint or shard_map does.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("pipe", "data", "fsdp", "expert", "seq", "tensor")
+ROWS = ("data", "fsdp")  # the axes that a batch's rows lie over
+
+
+def parse(text: str) -> dict[str, int]:
+    """The sizes of all axes from `data=2,seq=4`. Raises ValueError naming what is wrong."""
+    sizes = dict.fromkeys(AXES, 1)
+    given: set[str] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, sign, number = (word.strip() for word in part.partition("="))
+        if axis not in AXES or not sign:
+            known = ", ".join(AXES)
+            raise ValueError(f"mesh {text!r}: {part!r} is not AXIS=N, with an AXIS of {known}")
+        if not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise ValueError(f"mesh {text!r}: {part!r} is not a number of devices, at least 1")
+        if axis in given:
+            raise ValueError(f"mesh {text!r}: {axis} is given twice")
+        given.add(axis)
+        sizes[axis] = int(number)
+    return sizes
+
+
+def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the first of `devices` (None: all there are). ValueError for too few."""
+    sizes = parse(text)
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(sizes.values())
+    if wanted > len(devices):
+        raise ValueError(f"mesh {text!r} has {wanted} devices, and there are {len(devices)}")
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices[:wanted])
+
+
+def size(*axes: str) -> int:
+    """Devices along these axes of the mesh in force (`jax.set_mesh`); 1 without one."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
+def several() -> bool:
+    """Whether a mesh of more than one device is in force."""
+    return size(*AXES) > 1
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """Lay x out so over the mesh in force; without one, x."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if several() else x
+
+
+def sharding(mesh: Mesh, *spec: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def divide(what: str, number: int, *axes: str) -> None:
+    """Raise a ValueError, with the nearest that would do, if `number` does not divide over axes."""
+    parts = size(*axes)
+    if number % parts:
+        over = " x ".join(f"{axis}={size(axis)}" for axis in axes if size(axis) > 1)
+        below = number // parts * parts
+        near = f"{below} or {below + parts}" if below else f"{parts}"
+        raise ValueError(f"{what}={number} does not divide over {over} devices; {near} would")

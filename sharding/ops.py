@@ -1,0 +1,235 @@
+"""The kernels on whatever mesh is in force: the same calls, rows, time and heads over its axes.
+
+Without a mesh of several devices each is the kernel itself. All of a call's work is done where
+its tokens are; see `sequence` for what travels.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from .. import kernels
+from ..kernels import documents
+from ..kernels.attention import fixed_query_summary
+from ..kernels.linear_attention import summary as linear_summary
+from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX
+from ..kernels.selective_scan import summary as selective_summary
+from . import mesh
+from .sequence import HEADS, TIME, manual, run
+
+BY_HEAD = P(mesh.ROWS, "tensor")  # states (B, H, ...)
+
+
+def linear_attention(
+    q: Float[Array, "B T Gq K"],
+    k: Float[Array, "B T Gk K"],
+    v: Float[Array, "B T Gv V"],
+    log_decay: Float[Array, "H"] | Float[Array, "B T H"] | Float[Array, "B T H K"],
+    *,
+    state: Float[Array, "B H K V"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    **how: Any,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`kernels.linear_attention` on the mesh in force."""
+    if not mesh.several():
+        return kernels.linear_attention(q, k, v, log_decay, state=state, reset=reset, **how)
+    heads = max(q.shape[2], k.shape[2], v.shape[2], log_decay.shape[2 * (log_decay.ndim > 1)])
+    check(q.shape[0], q.shape[1], heads)
+    exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
+    if state is None:
+        state = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), exact)
+    (q, k, v), specs = zip(*(grouped(x, heads) for x in (q, k, v)), strict=True)
+    constant = log_decay.ndim == 1
+    tokens, shared = ((q, k, v), log_decay) if constant else ((q, k, v, log_decay), ())
+    specs = (specs, P("tensor")) if constant else ((*specs, HEADS), ())
+
+    def op(tokens, shared, state, reset):
+        *qkv, log_decay = (*tokens, shared) if constant else tokens
+        return kernels.linear_attention(*qkv, log_decay, state=state, reset=reset, **how)
+
+    def summarize(tokens, shared, reset, state):
+        _, k, v, log_decay = (*tokens, shared) if constant else tokens
+        return linear_summary.summarize(k, v, log_decay, reset, state)
+
+    def element(state):
+        vector = not constant and log_decay.ndim == 4
+        return jnp.zeros(state.shape[: 3 if vector else 2], state.dtype), state
+
+    return run(
+        op,
+        tokens,
+        shared,
+        state.astype(exact),
+        reset,
+        specs=(*specs, BY_HEAD, HEADS),
+        summarize=summarize,
+        monoid=lambda _: DECAY,
+        element=element,
+        value=lambda element: element[1],
+    )
+
+
+def selective_scan(
+    u: Float[Array, "B T D"],
+    delta: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    *,
+    D: Float[Array, "D"] | None = None,
+    state: Float[Array, "B D N"] | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    **how: Any,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """`kernels.selective_scan` on the mesh in force, its channels D over the axis tensor."""
+    if not mesh.several():
+        return kernels.selective_scan(u, delta, A, B, C, D=D, state=state, reset=reset, **how)
+    check(u.shape[0], u.shape[1], u.shape[2], "channels")
+    exact = jnp.promote_types(jnp.float32, u.dtype)
+    state = jnp.zeros((u.shape[0], *A.shape), exact) if state is None else state.astype(exact)
+    D = jnp.zeros(u.shape[2], exact) if D is None else D
+
+    def op(tokens, shared, state, reset):
+        (u, delta, B, C), (A, D) = tokens, shared
+        return kernels.selective_scan(u, delta, A, B, C, D=D, state=state, reset=reset, **how)
+
+    def summarize(tokens, shared, reset, state):
+        (u, delta, B, _), (A, _) = tokens, shared
+        return selective_summary.summarize(u, delta, A.astype(exact), B, reset, state)
+
+    return run(
+        op,
+        (u, delta, B, C),
+        (A, D),
+        state,
+        reset,
+        specs=((HEADS, HEADS, TIME, TIME), (P("tensor"), P("tensor")), BY_HEAD, HEADS),
+        summarize=summarize,
+        monoid=lambda shared: selective_summary.monoid(shared[0].astype(exact)),
+        element=lambda h: (jnp.zeros(h.shape[:2], h.dtype), h),
+        value=lambda element: element[1],
+    )
+
+
+def fixed_query(
+    q: Float[Array, "H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    scale: float | None = None,
+    state: Any = None,
+    reset: Bool[Array, "B T"] | None = None,
+    **how: Any,
+) -> tuple[Float[Array, "B T H V"], Any]:
+    """`kernels.fixed_query` on the mesh in force."""
+    if not mesh.several():
+        return kernels.fixed_query(q, k, v, scale=scale, state=state, reset=reset, **how)
+    heads = q.shape[0]
+    check(k.shape[0], k.shape[1], heads)
+    exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
+    if state is None:
+        u = jnp.zeros((k.shape[0], heads), exact)
+        state = jnp.full_like(u, LOWEST), u, jnp.zeros((*u.shape, v.shape[3]), exact)
+    scale = q.shape[1] ** -0.5 if scale is None else scale
+    (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
+
+    def op(tokens, q, state, reset):
+        return kernels.fixed_query(q, *tokens, scale=scale, state=state, reset=reset, **how)
+
+    def summarize(tokens, q, reset, state):
+        return fixed_query_summary.summarize(q, *tokens, scale, reset, state)
+
+    return run(
+        op,
+        (k, v),
+        q,
+        jax.tree.map(lambda x: x.astype(exact), state),
+        reset,
+        specs=(specs, P("tensor"), BY_HEAD, HEADS),
+        summarize=summarize,
+        monoid=lambda _: SOFTMAX,
+        element=lambda state: state,
+        value=lambda element: element,
+    )
+
+
+def positions(
+    length: int, start: Int[Array, "B"] | None = None, reset: Bool[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """`documents.positions` on the mesh in force."""
+    if reset is None or not mesh.several():  # without documents they are an iota, wherever it lies
+        return documents.positions(length, start, reset)
+    check(*reset.shape, 1)
+    start = jnp.zeros(reset.shape[0], jnp.int32) if start is None else start.astype(jnp.int32)
+
+    def summarize(reset, shared, _, state):
+        _, count = documents.positions(reset.shape[1], None, reset)
+        return reset.any(axis=1), count
+
+    return run(
+        lambda reset, _, start, __: documents.positions(reset.shape[1], start, reset),
+        reset,
+        (),
+        start,
+        None,
+        specs=(TIME, (), P(mesh.ROWS), TIME),
+        summarize=summarize,
+        monoid=lambda _: COUNT,
+        element=lambda count: count,
+        value=lambda count: count,
+    )
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    **how: Any,
+) -> Any:
+    """`kernels.attention` on the mesh in force: keys and values gathered over time (LASP-2H)."""
+    if not mesh.several():
+        return kernels.attention(q, k, v, reset=reset, **how)
+    rows, time, heads = q.shape[:3]
+    if k.shape[1] != time or {"q_index", "q_start", "kv_index", "return_lse"} & how.keys():
+        raise NotImplementedError("attention over a cache does not run on a mesh")
+    check(rows, time, heads)
+    (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
+
+    def local(q, k, v, reset):
+        span = q.shape[1]
+        k, v = (jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k, v))
+        first = jax.lax.axis_index("seq") * span
+        index = jnp.broadcast_to(first + jnp.arange(span, dtype=jnp.int32), q.shape[:2])
+        start = None
+        if reset is not None:
+            every = jax.lax.all_gather(reset, "seq", axis=1, tiled=True)
+            start = jax.lax.dynamic_slice_in_dim(documents.starts(every), first, span, axis=1)
+        return kernels.attention(q, k, v, q_index=index, q_start=start, **how)
+
+    specs = (HEADS, *specs, None if reset is None else TIME)
+    return manual(local, specs, HEADS)(q, k, v, reset)
+
+
+def check(rows: int, time: int, heads: int, what: str = "heads") -> None:
+    """Raise a ValueError that names the first size that does not divide over its axes."""
+    mesh.divide("rows", rows, *mesh.ROWS)
+    mesh.divide("T", time, "seq")
+    mesh.divide(what, heads, "tensor")
+
+
+def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
+    """x and how it lies over the axes: its groups over `tensor`, or one on every device.
+
+    Groups that are fewer than the devices, and several, are repeated to one a head first.
+    """
+    groups, parts = x.shape[2], mesh.size("tensor")
+    if groups == 1:
+        return x, TIME
+    if groups % parts:
+        x = jnp.repeat(x, heads // groups, axis=2)
+    return x, HEADS

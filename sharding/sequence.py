@@ -1,0 +1,150 @@
+"""One sequence over many devices: each summarises its span, they exchange that, each runs once.
+
+Time is contiguous on every device. `run` is the one place that enters shard_map for a mixer; what
+is exchanged is a summary of the monoid, whose size does not grow with the sequence: LASP-2
+(arXiv:2502.07563) for every mixer that has a state.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ..kernels.monoid import Element, Monoid, resettable
+from . import mesh
+
+Method = Literal["gather", "scan", "ring"]
+
+
+def across(rule: Monoid, summary: Element, axis: str, method: Method = "gather") -> Element:
+    """Inside shard_map: the combination of the summaries of all devices before this one.
+
+    gather: one all-gather, P - 1 summaries received by each device (LASP-2). scan: ceil(log2 P)
+    exchanges of one summary, one after the other. ring: one summary sent by each device, P - 1
+    exchanges one after the other (LASP). The first device's is the identity. The backward passes
+    exchange as much in the other direction.
+    """
+    devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    nothing = rule.identity(summary)
+
+    def where(condition, element, otherwise):
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), element, otherwise)
+
+    def shifted(element, pairs):
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), element)
+
+    if method == "gather":
+        every = jax.tree.map(lambda x: jax.lax.all_gather(x, axis), summary)
+        before = nothing
+        for i in range(devices - 1):
+            one = jax.tree.map(lambda x, i=i: x[i], every)
+            before = rule.combine(before, where(i < here, one, nothing))
+        return before
+    if method == "scan":
+        before, upto, distance = nothing, summary, 1
+        while distance < devices:
+            pairs = [(i, i + distance) for i in range(devices - distance)]
+            earlier = where(here >= distance, shifted(upto, pairs), nothing)
+            before, upto = rule.combine(earlier, before), rule.combine(earlier, upto)
+            distance *= 2
+        return before
+    if method == "ring":
+        before = nothing
+        for i in range(devices - 1):
+            passed = shifted(rule.combine(before, summary), [(i, i + 1)])
+            before = where(here == i + 1, passed, before)
+        return before
+    raise ValueError(f"method={method!r} is not one of gather, scan, ring")
+
+
+def last(tree: Any, axis: str) -> Any:
+    """Inside shard_map: the last device's arrays, on every device of the axis."""
+    end = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(end, x, jnp.zeros_like(x)), axis), tree)
+
+
+def halo(window: Any, after: Any, axis: str) -> Any:
+    """Inside shard_map: `after` of the device before this one; on the first, `window`."""
+    devices = jax.lax.axis_size(axis)
+    pairs = [(i, i + 1) for i in range(devices - 1)]
+    first = jax.lax.axis_index(axis) == 0
+    return jax.tree.map(
+        lambda w, a: jnp.where(first, w, jax.lax.ppermute(a, axis, pairs)), window, after
+    )
+
+
+def run(
+    op: Callable,
+    tokens: Any,
+    shared: Any,
+    state: Any,
+    reset: Any,
+    *,
+    specs: tuple[Any, Any, Any, Any],
+    summarize: Callable,
+    monoid: Callable[[Any], Monoid],
+    element: Callable[[Any], Element],
+    value: Callable[[Element], Any],
+    method: Method = "gather",
+) -> Any:
+    """(outputs, state) of op(tokens, shared, state, reset) over the mesh in force.
+
+    specs: PartitionSpecs of tokens, shared, state and outputs. `summarize(tokens, shared, reset,
+    state)` is a span's element of resettable(monoid(shared)); `element(state)` and `value(element)`
+    go from a state to the monoid's element and back.
+    """
+
+    def local(tokens, shared, state, reset):
+        if mesh.size("seq") > 1:
+            rule = resettable(monoid(shared))
+            summary = summarize(tokens, shared, reset, state)
+            start = jnp.zeros_like(summary[0]), element(state)
+            _, entered = rule.combine(start, across(rule, summary, "seq", method))
+            outputs, after = op(tokens, shared, value(entered), reset)
+            return outputs, last(after, "seq")
+        return op(tokens, shared, state, reset)
+
+    return manual(local, (*specs[:3], None if reset is None else TIME), specs[3:] + specs[2:3])(
+        tokens, shared, state, reset
+    )
+
+
+TIME = P(mesh.ROWS, "seq")  # arrays (B, T, ...)
+HEADS = P(mesh.ROWS, "seq", "tensor")  # (B, T, H, ...)
+
+
+def manual(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """shard_map over the mesh in force, all its axes."""
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def run_window(
+    op: Callable, x: Any, shared: Any, window: Any, reset: Any, spread: Any
+) -> tuple[Any, Any]:
+    """(y, window) of op(x, shared, window, reset), which looks back no further than the window.
+
+    x (B, T, D) and the window (B, W, D), the last inputs before x, lie over the mesh in force with
+    D over `tensor`; `spread` are the PartitionSpecs of `shared`. A halo of W rows is exchanged.
+    """
+    if not mesh.several():
+        return op(x, shared, window, reset)
+    past = window.shape[1]
+    if x.shape[1] // mesh.size("seq") < past:
+        raise ValueError(
+            f"T={x.shape[1]} over seq={mesh.size('seq')} leaves a device fewer than the {past} "
+            f"tokens that a convolution looks back; T={past * mesh.size('seq')} would do"
+        )
+
+    def local(x, shared, window, reset):
+        if mesh.size("seq") == 1 or past == 0:
+            return op(x, shared, window, reset)
+        end = None if reset is None else reset[:, -past:]
+        _, tail = op(x[:, -past:], shared, jnp.zeros_like(window), end)
+        y, after = op(x, shared, halo(window, tail, "seq"), reset)
+        return y, last(after, "seq")
+
+    rows = P(mesh.ROWS, None, "tensor")
+    specs = (HEADS, spread, rows, None if reset is None else TIME)
+    return manual(local, specs, (HEADS, rows))(x, shared, window, reset)
