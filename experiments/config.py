@@ -35,6 +35,11 @@ class TrainConfig(Generic[T]):
     minutes: float | None = None
     """Minutes of wall clock to train for, compilation and validation included. The learning rate
     follows whichever of steps and minutes is further on."""
+    mesh: str = ""
+    """Devices by axis, as data=2,seq=4: data and fsdp (rows; fsdp also the parameters), seq (time),
+    tensor (heads and features). If empty, one device."""
+    emulate_devices: int = 0
+    """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
     seed: int = 0
     """Decides the first parameters and the order of the data."""
     accumulate: int = 1
@@ -79,6 +84,7 @@ class TrainConfig(Generic[T]):
 LEAST = {
     "seed": 0,
     "accumulate": 1,
+    "emulate_devices": 0,
     "validate_every": 0,
     "save_every": 0,
     "keep": 1,

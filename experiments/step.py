@@ -1,5 +1,6 @@
 """The one compiled training step: gradients of a batch in parts, an update, and what is skipped."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
+from ..sharding import mesh
 from .optimizer import OptimizerConfig, adamw
 from .tasks import Task
 
@@ -24,23 +26,23 @@ class Program(NamedTuple):
     """step(state, rest, batch, rate) -> (state, metrics); the state that went in is used up."""
     score: Any
     """score(params, rest, batch, stream) -> (metrics, stream)."""
+    places: State
+    """Where the state lies: a tree of shardings like it."""
+    rows: NamedSharding
+    """Where the arrays (rows, time) of a batch lie."""
 
     def model(self, state: State) -> Any:
         return nnx.merge(self.graphdef, state["params"], self.rest)
 
 
-def placement() -> NamedSharding:
-    """Where everything lives: one device. A mesh, and rules by name, go here and only here."""
-    devices = jax.devices()[:1]
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def build(task: Task, config: OptimizerConfig, seed: int, parts: int) -> tuple[Program, State]:
-    """The program of a task, and the state before the first step.
+def build(
+    task: Task, config: OptimizerConfig, seed: int, parts: int, over: Mesh | None = None
+) -> tuple[Program, State]:
+    """The program of a task, and the state before the first step, on a mesh (None: one device).
 
     A batch's rows are taken in `parts` equal parts, one after the other.
     """
+    over = mesh.make() if over is None else over
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
     transform = adamw(config, task.decayed(nnx.to_pure_dict(shapes)))
 
@@ -52,6 +54,14 @@ def build(task: Task, config: OptimizerConfig, seed: int, parts: int) -> tuple[P
         state = {"params": params, "optimizer": transform.init(params), "stream": stream}
         return state | {"skipped": jnp.zeros((), jnp.int32)}, rest
 
+    def on_mesh(function):
+        @functools.wraps(function)
+        def traced(*args):
+            with use_abstract_mesh(over.abstract_mesh):
+                return function(*args)
+
+        return traced
+
     def score(params, rest, batch, stream):
         model = nnx.merge(graphdef, params, rest)
         _, (stream, metrics) = task.loss(
@@ -59,16 +69,26 @@ def build(task: Task, config: OptimizerConfig, seed: int, parts: int) -> tuple[P
         )
         return metrics, stream
 
-    where = placement()
-    state, rest = jax.jit(first, out_shardings=where)(jax.random.key(seed))
-    step = jax.jit(
-        make_step(task, graphdef, transform, parts), donate_argnums=0, out_shardings=where
-    )
-    return Program(graphdef, rest, step, jax.jit(score, out_shardings=where)), state
+    everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ROWS, "seq")
+    key = jax.random.key(seed)
+    blank, _ = jax.eval_shape(on_mesh(first), key)
+    params = task.shardings(blank["params"], over)
+    places = jax.tree.map(lambda _: everywhere, blank)
+    places = like(places, blank["params"], lambda _: params)
+    streams = mesh.sharding(over, None, mesh.ROWS)
+    places["stream"] = jax.tree.map(lambda _: streams, blank["stream"])
+    state, rest = jax.jit(on_mesh(first), out_shardings=(places, everywhere))(key)
+    step = on_mesh(make_step(task, graphdef, transform, parts, params))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+    return Program(graphdef, rest, step, jax.jit(on_mesh(score)), places, rows), state
 
 
 def make_step(
-    task: Task, graphdef: nnx.GraphDef, transform: optax.GradientTransformation, parts: int
+    task: Task,
+    graphdef: nnx.GraphDef,
+    transform: optax.GradientTransformation,
+    parts: int,
+    places: Any,
 ) -> Callable[..., tuple[State, dict[str, Any]]]:
     """One update, by the mean gradient of all parts weighted by their `weight`: the whole batch's.
 
@@ -85,9 +105,12 @@ def make_step(
 
         def part(batch, stream):
             grads, (sums, stream) = jax.grad(loss, has_aux=True)(state["params"], batch, stream)
+            grads = jax.lax.with_sharding_constraint(grads, places)
             return (grads, sums), stream
 
-        batches = split_rows(batch, parts)
+        batches = jax.tree.map(
+            lambda x: mesh.constrain(x, None, mesh.ROWS, "seq"), split_rows(batch, parts)
+        )
         if parts == 1:
             one = jax.tree.map(lambda x: x[0], (batches, state["stream"]))
             total, stream = part(*one)

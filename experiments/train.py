@@ -25,8 +25,9 @@ from scanax.experiments import checkpoint, flags, metrics, plot
 from scanax.experiments.config import TrainConfig, differences, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
-from scanax.experiments.step import Program, State, build, like, placement
+from scanax.experiments.step import Program, State, build, like
 from scanax.experiments.tasks import Batch
+from scanax.sharding import mesh
 
 
 @dataclasses.dataclass
@@ -97,7 +98,8 @@ def prepare(config: TrainConfig) -> Run:
     rows = len(jax.tree.leaves(batch)[0])
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
-    program, state = build(task, config.optimizer, config.seed, config.accumulate)
+    over = mesh.make(config.mesh, None if config.mesh else jax.devices()[:1])
+    program, state = build(task, config.optimizer, config.seed, config.accumulate, over)
     run = Run(config, program, state)
     if config.resume:
         restore(run)
@@ -119,7 +121,7 @@ def restore(run: Run) -> None:
     run.state = {}  # its memory is needed
     found = checkpoint.restore(config.folder, saved, config.step)
     state = like(found.state, saved["params"], task.from_layers)
-    run.state = jax.device_put(state, placement())
+    run.state = jax.device_put(state, run.program.places)
     run.step = run.saved = found.step
     run.seconds = found.metadata["seconds"]
     run.heldout = checkpoint.manifest(config.folder, found.step)["metric"]
@@ -149,7 +151,7 @@ def train(run: Run) -> None:
             checkpoint.mark(config.folder, run.saved, validate(run, recorder))
         while run.part < 1 and not run.stopped():
             tracing(run.step - first)
-            batch = jax.device_put(task.batches(config.seed, run.step), placement())
+            batch = jax.device_put(task.batches(config.seed, run.step), program.rows)
             rate = learning_rate(config.optimizer, run.step, run.part)
             run.state, numbers = program.step(run.state, program.rest, batch, np.float32(rate))
             run.step, run.seconds = run.step + 1, time.monotonic() - start

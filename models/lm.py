@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..layers.linear import Linear, flat_dot_general
-from . import loss
+from ..sharding import mesh, vocabulary
 from .block import abstract, norm, runs, stack
 from .config import LMConfig
 
@@ -69,7 +69,9 @@ class LM(nnx.Module):
         time steps, so of one step at least, however large the batch.
         """
         x, state, aux = self.hidden(tokens, state, reset)
-        return loss.nll(self.logits, x, targets, self.config.loss_chunk), state, aux
+        config = self.config
+        nll = vocabulary.nll(_logits, self.table, x, targets, config.vocab, config.loss_chunk)
+        return nll, state, aux
 
     def init_state(self, batch: int, max_length: int) -> tuple:
         """The state before any token; caches have room for `max_length` tokens."""
@@ -97,12 +99,11 @@ class LM(nnx.Module):
             )
         dtype = jnp.dtype(config.dtype)
         stream = jnp.promote_types(jnp.float32, dtype) if config.residual_float32 else dtype
-        # An id outside the vocabulary reads nan, which is seen, rather than the last token.
-        known = (tokens >= 0) & (tokens < config.vocab)
-        rows = jnp.where(known, tokens, self.embedding.shape[0])
-        x = jnp.take(self.embedding[...], rows, axis=0, mode="fill").astype(stream)
+        known = jnp.where(tokens < config.vocab, tokens, -1)  # others read nan
+        x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, stream)
+        x = mesh.constrain(x, mesh.ROWS, "seq")
         states, aux = [], []
         for run, stacked in zip(runs(config), self.blocks, strict=True):
             given = None if state is None else state[run.start : run.start + run.length]
@@ -118,7 +119,7 @@ class LM(nnx.Module):
         def body(x, layer):
             variables, state = layer
             x, state, aux = nnx.merge(graphdef, variables)(x, state, reset)
-            return x, (state, aux)
+            return mesh.constrain(x, mesh.ROWS, "seq"), (state, aux)
 
         if self.config.remat != "none":
             # the scan already keeps the recomputation from being merged with the first one
@@ -134,16 +135,19 @@ class LM(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The head, accumulated and returned in at least float32."""
-        exact = jnp.promote_types(jnp.float32, x.dtype)
-        weight = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = flat_dot_general(
-            x,
-            weight.astype(x.dtype),
-            (((x.ndim - 1,), (0,)), ((), ())),
-            precision="highest",
-            preferred_element_type=exact,
-        )
-        return logits[..., : self.config.vocab]
+        return _logits(x, self.table)[..., : self.config.vocab]
+
+    @property
+    def table(self) -> Float[Array, "rows D"]:
+        """The head's row of each token."""
+        return self.embedding[...] if self.head is None else self.head.kernel[...].T
+
+
+def _logits(x, table):
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    dimensions = ((x.ndim - 1,), (0,)), ((), ())
+    kinds = {"precision": "highest", "preferred_element_type": exact}
+    return flat_dot_general(x, table.T.astype(x.dtype), dimensions, **kinds)
 
 
 def _join(aux: list[dict[str, Array]]) -> dict[str, Array]:

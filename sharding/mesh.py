@@ -78,3 +78,10 @@ def divide(what: str, number: int, *axes: str) -> None:
         below = number // parts * parts
         near = f"{below} or {below + parts}" if below else f"{parts}"
         raise ValueError(f"{what}={number} does not divide over {over} devices; {near} would")
+
+
+def check(rows: int, time: int, heads: int = 0, what: str = "heads") -> None:
+    """Raise a ValueError that names the first size that does not divide over its axes."""
+    divide("rows", rows, *ROWS)
+    divide("length", time, "seq")
+    divide(what, heads, "tensor")

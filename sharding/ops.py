@@ -37,7 +37,7 @@ def linear_attention(
     if not mesh.several():
         return kernels.linear_attention(q, k, v, log_decay, state=state, reset=reset, **how)
     heads = max(q.shape[2], k.shape[2], v.shape[2], log_decay.shape[2 * (log_decay.ndim > 1)])
-    check(q.shape[0], q.shape[1], heads)
+    mesh.check(q.shape[0], q.shape[1], heads)
     exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
     if state is None:
         state = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), exact)
@@ -87,7 +87,7 @@ def selective_scan(
     """`kernels.selective_scan` on the mesh in force, its channels D over the axis tensor."""
     if not mesh.several():
         return kernels.selective_scan(u, delta, A, B, C, D=D, state=state, reset=reset, **how)
-    check(u.shape[0], u.shape[1], u.shape[2], "channels")
+    mesh.check(u.shape[0], u.shape[1], u.shape[2], "channels")
     exact = jnp.promote_types(jnp.float32, u.dtype)
     state = jnp.zeros((u.shape[0], *A.shape), exact) if state is None else state.astype(exact)
     D = jnp.zeros(u.shape[2], exact) if D is None else D
@@ -128,7 +128,7 @@ def fixed_query(
     if not mesh.several():
         return kernels.fixed_query(q, k, v, scale=scale, state=state, reset=reset, **how)
     heads = q.shape[0]
-    check(k.shape[0], k.shape[1], heads)
+    mesh.check(k.shape[0], k.shape[1], heads)
     exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
     if state is None:
         u = jnp.zeros((k.shape[0], heads), exact)
@@ -162,7 +162,7 @@ def positions(
     """`documents.positions` on the mesh in force."""
     if reset is None or not mesh.several():  # without documents they are an iota, wherever it lies
         return documents.positions(length, start, reset)
-    check(*reset.shape, 1)
+    mesh.check(*reset.shape)
     start = jnp.zeros(reset.shape[0], jnp.int32) if start is None else start.astype(jnp.int32)
 
     def summarize(reset, shared, _, state):
@@ -197,7 +197,7 @@ def attention(
     rows, time, heads = q.shape[:3]
     if k.shape[1] != time or {"q_index", "q_start", "kv_index", "return_lse"} & how.keys():
         raise NotImplementedError("attention over a cache does not run on a mesh")
-    check(rows, time, heads)
+    mesh.check(rows, time, heads)
     (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
 
     def local(q, k, v, reset):
@@ -213,13 +213,6 @@ def attention(
 
     specs = (HEADS, *specs, None if reset is None else TIME)
     return manual(local, specs, HEADS)(q, k, v, reset)
-
-
-def check(rows: int, time: int, heads: int, what: str = "heads") -> None:
-    """Raise a ValueError that names the first size that does not divide over its axes."""
-    mesh.divide("rows", rows, *mesh.ROWS)
-    mesh.divide("T", time, "seq")
-    mesh.divide(what, heads, "tensor")
 
 
 def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:

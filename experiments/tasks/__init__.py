@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 Batch = dict[str, np.ndarray]
 Metrics = dict[str, Any]
@@ -68,6 +69,10 @@ class Task(Protocol):
 
     def decayed(self, params: Any) -> Any:
         """A tree like the parameters: True where weight decay applies."""
+        ...
+
+    def shardings(self, params: Any, over: Mesh) -> Any:
+        """A tree like the parameters of where each lies on a mesh."""
         ...
 
     def by_layer(self, params: Any) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ...models import LM, LMConfig, by_layer, decayed, from_layers
+from ...models.partition import shardings
 from ...models.pattern import parse
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
@@ -131,6 +133,9 @@ class LMTask:
 
     def decayed(self, params: Any) -> Any:
         return decayed(params)
+
+    def shardings(self, params: Any, over: Mesh) -> Any:
+        return shardings(self.model, params, over)
 
     def by_layer(self, params: Any) -> dict[str, Any]:
         return by_layer(self.model, params)

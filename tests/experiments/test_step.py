@@ -13,6 +13,7 @@ from scanax.experiments import flags
 from scanax.experiments.optimizer import OptimizerConfig
 from scanax.experiments.step import build
 from scanax.experiments.tasks import Task
+from scanax.sharding import mesh
 from support.compare import close
 from support.runs import STREAM, args
 
@@ -30,6 +31,9 @@ class Root(Task):
 
     def init_state(self, model):
         return jnp.zeros((4,), jnp.float32)
+
+    def shardings(self, params, over):
+        return jax.tree.map(lambda _: mesh.sharding(over), params)
 
     def decayed(self, params):
         return jax.tree.map(lambda _: True, params)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.models import LM, LMConfig, merge, split
-from scanax.models.loss import nll
+from scanax.sharding.vocabulary import nll
 from support.compare import close
 
 B, T, D, VOCAB = 2, 29, 8, 40
@@ -20,8 +20,8 @@ def _dense(weight, hidden, targets):
 
 
 def _chunked(chunk, weight, hidden, targets):
-    head = lambda x: jnp.einsum("btd,dv->btv", x, weight, precision="highest")  # noqa: E731
-    return nll(head, hidden, targets, chunk)
+    head = lambda x, table: jnp.einsum("btd,vd->btv", x, table, precision="highest")  # noqa: E731
+    return nll(head, weight.T, hidden, targets, VOCAB, chunk)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 16, 58, 1000])

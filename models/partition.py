@@ -1,0 +1,68 @@
+"""Where a language model's parameters lie on a mesh: Megatron-LM's columns and rows, and fsdp.
+
+A projection into heads or hidden features is cut by columns over `tensor`, the one back by rows, so
+that a block exchanges activations once after its mixer and once after its MLP (arXiv:1909.08053).
+What is left of a matrix is cut over `fsdp`.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..sharding import rules
+from .block import runs
+from .config import LMConfig
+
+INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
+EVERYWHERE, FEATURES = P(), P(None, "tensor")
+RULES = (
+    # mixers and MLPs: matrices (in, out), then their biases and what else each head or channel has
+    (r"\w+\.(q|k|v|x|z|dt|gate|up)\.kernel", INTO),
+    (r"\w+\.(q|k|v|x|z|dt|gate|up)\.bias", WITHIN),
+    (r"\w+\.(out|down)\.kernel", BACK),
+    (r"\w+\.(out|down)\.bias", EVERYWHERE),
+    (r"gla\.decay_down\.kernel", P("fsdp")),
+    (r"gla\.decay_up\.kernel", FEATURES),
+    (r"gla\.decay_up\.bias", WITHIN),
+    (r"mamba\.(dt_down|B|C)\.kernel", P("tensor")),
+    (r"mamba\.dt_up\.kernel", FEATURES),
+    (r"mamba2\.(B|C)\.kernel", P("fsdp")),
+    (r"mamba2?\.(A_log|D|dt_bias|scale)", WITHIN),
+    (r"mamba2\.(B|C)_conv\.(kernel|bias)", EVERYWHERE),
+    (r"\w+\.(conv|x_conv)(\.[qkv])?\.kernel", FEATURES),
+    (r"\w+\.(conv|x_conv)(\.[qkv])?\.bias", WITHIN),
+    (r"lightning\.theta", WITHIN),
+    (r"aaren\.token", EVERYWHERE),
+    (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),
+    (r"embedding", BACK),
+    (r"head\.kernel", INTO),
+)
+
+
+def specs(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """A tree of PartitionSpecs like the parameters; a stack of blocks leads with its layers."""
+
+    def one(path, _):
+        names = [str(part.key) for part in path]
+        if names[0] != "blocks":
+            return rules.match(RULES, ".".join(names))
+        kind = runs(config)[int(names[1])].kind
+        roles = {"mixer": kind.mixer, "mlp": kind.mlp}
+        name = ".".join(roles.get(part, part) for part in names[2:])
+        return P(None, *rules.match(RULES, name))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def shardings(config: LMConfig, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """`specs` on a mesh. Raises ValueError for a size that does not divide over its axis."""
+    tree = specs(config, params)
+
+    def one(path, leaf, spec):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rules.check(name, leaf.shape, spec, dict(mesh.shape))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, params, tree)

@@ -1,0 +1,29 @@
+"""Where parameters lie: strict rules from names to PartitionSpecs."""
+
+import re
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def match(rules: Rules, name: str) -> PartitionSpec:
+    """The spec of the first rule whose pattern is the whole name. ValueError if none is."""
+    for pattern, spec in rules:
+        if re.fullmatch(pattern, name):
+            return spec
+    raise ValueError(f"no rule says where the parameter {name} lies")
+
+
+def check(name: str, shape: Sequence[int], spec: PartitionSpec, sizes: dict[str, int]) -> None:
+    """Raise a ValueError that names a parameter whose size does not divide over its axis."""
+    for size, axis in zip(shape, spec, strict=False):
+        parts = 1 if axis is None else sizes[axis]
+        if size % parts:
+            below = size // parts * parts
+            near = f"{below} or {below + parts}" if below else f"{parts}"
+            raise ValueError(
+                f"{name} of shape {tuple(shape)}: {size} does not divide over {axis}={parts} "
+                f"devices; {near} would"
+            )

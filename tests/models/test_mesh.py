@@ -1,0 +1,100 @@
+"""A language model on a mesh is the model on one device: loss, state and every gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scanax.layers.attention import AttentionConfig
+from scanax.layers.gla import GLAConfig
+from scanax.layers.mamba2 import Mamba2Config
+from scanax.models import LM, LMConfig, merge, split
+from scanax.models.partition import shardings, specs
+from scanax.sharding import mesh
+from support.compare import close
+
+B, T = 8, 64
+ALL = LMConfig(
+    vocab=48,
+    width=32,
+    depth=8,
+    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+swiglu",
+    gla=GLAConfig(conv=4),
+    mamba2=Mamba2Config(head_width=8, state=4),
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    loss_chunk=40,
+)
+UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
+STATES = dataclasses.replace(ALL, depth=4, pattern="gla,mamba2+gelu,lightning+glu,aaren")
+CASES = {
+    "all over time": (ALL, "seq=8"),
+    "all over three": (ALL, "data=2,seq=2,tensor=2"),
+    "fsdp": (UNTIED, "fsdp=8"),
+    "heads and time": (UNTIED, "tensor=4,seq=2"),
+    "a state that goes on": (STATES, "data=2,seq=4"),
+}
+
+
+def data():
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, 48, (2, B, T)).astype(np.int32)
+    reset = rng.random((B, T)) < 0.05
+    reset[0, [8, 31, 32]] = reset[1, 0] = True
+    return tokens, targets, reset
+
+
+def program(config):
+    graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
+
+    def loss(params, tokens, targets, reset, state):
+        model = merge(graphdef, params, rest)
+        nll, state, _ = model.nll(tokens, targets, state=state, reset=reset)
+        return nll.mean(), (nll, state)
+
+    return params, jax.jit(jax.value_and_grad(loss, has_aux=True)), merge(graphdef, params, rest)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_changes_nothing(case):
+    config, over = CASES[case]
+    params, both, model = program(config)
+    carried = None
+    if config is STATES:
+        _, carried = model(jnp.asarray(data()[0][:, ::-1]), model.init_state(B, 1))
+    expected = both(params, *data(), carried)
+    made = mesh.make(over)
+    placed = jax.device_put(params, shardings(config, params, made))
+    with jax.set_mesh(made):
+        rows = mesh.sharding(made, mesh.ROWS, "seq")
+        (value, (nll, state)), grads = both(placed, *jax.device_put(data(), rows), carried)
+    (true, (true_nll, true_state)), true_grads = expected
+    close((value, nll), (true, true_nll), 1e-5)
+    close([s for s in state if s], [s for s in true_state if s], 1e-5)
+    close(grads, true_grads, 1e-4)
+
+
+def test_every_parameter_has_its_place():
+    params, _, _ = program(ALL)
+    tree = specs(ALL, params)
+    places = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jax.P))
+    assert {axis for spec in places for axis in spec} == {None, "fsdp", "tensor"}
+    with pytest.raises(ValueError, match=r"no rule says where the parameter gla.other lies"):
+        specs(ALL, {"blocks": {0: {"mixer": {"other": jnp.zeros(3, jnp.float32)}}}})
+    with pytest.raises(ValueError, match=r": 16 does not divide over tensor=3 devices; 15 or 18"):
+        shardings(ALL, params, mesh.make("tensor=3"))
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ("data=3", "rows=8 does not divide over data=3 devices; 6 or 9 would"),
+        ("seq=5", "length=64 does not divide over seq=5 devices; 60 or 65 would"),
+        ("tensor=5", "vocabulary=48 does not divide over tensor=5 devices; 45 or 50 would"),
+    ],
+)
+def test_what_does_not_divide_is_said_at_once(over, says):
+    params, both, _ = program(UNTIED)
+    with jax.set_mesh(mesh.make(over)), pytest.raises(ValueError, match=says):
+        both.lower(params, *data(), None)
