@@ -86,6 +86,7 @@ def main(args: list[str] | None = None) -> int:
 def prepare(config: TrainConfig) -> Run:
     """Find out all that can be wrong with the flags; nothing but an empty folder is written."""
     task, folder = config.task, config.folder
+    mesh.emulate(config.emulate_devices)
     if config.steps is None and config.minutes is None:
         raise ValueError("neither --steps nor --minutes is given; training needs an end")
     if config.step is not None and not config.resume:
@@ -98,7 +99,7 @@ def prepare(config: TrainConfig) -> Run:
     rows = len(jax.tree.leaves(batch)[0])
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
-    over = mesh.make(config.mesh, None if config.mesh else jax.devices()[:1])
+    over = mesh.make(config.mesh)
     program, state = build(task, config.optimizer, config.seed, config.accumulate, over)
     run = Run(config, program, state)
     if config.resume:

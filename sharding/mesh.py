@@ -45,9 +45,26 @@ def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
-        raise ValueError(f"mesh {text!r} has {wanted} devices, and there are {len(devices)}")
+        raise ValueError(
+            f"mesh {text!r} has {wanted} devices, and there are {len(devices)}; "
+            f"--emulate-devices {wanted} makes them of a CPU"
+        )
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices[:wanted])
+
+
+def emulate(devices: int) -> None:
+    """Make so many devices of the CPU; 0 changes nothing. ValueError once JAX has found its own."""
+    if not devices:
+        return
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:
+        if len(jax.devices()) < devices or jax.default_backend() != "cpu":
+            raise ValueError(
+                f"emulate_devices={devices}, but JAX already runs on {len(jax.devices())} devices"
+            ) from None
 
 
 def size(*axes: str) -> int:

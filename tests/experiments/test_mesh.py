@@ -1,0 +1,66 @@
+"""Training on a mesh is training on one device, and a checkpoint fits any other mesh."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from scanax.experiments import checkpoint, flags, metrics, train
+from support.compare import close
+from support.runs import args
+
+STREAMING = "--stream-state --model.pattern gla+swiglu,mamba --accumulate 2 "
+
+
+@pytest.fixture(scope="module")
+def alone(texts, tmp_path_factory):
+    """A run's losses on one device."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    assert train.main([*args(texts, folder, STREAMING), "--steps", "10"]) == 0
+    return [row["loss"] for row in metrics.read(folder)]
+
+
+@pytest.mark.parametrize("over", ["data=2,seq=2,tensor=2", "fsdp=2,seq=4"])
+def test_ten_steps_are_those_of_one_device(over, alone, texts, tmp_path):
+    run = train.prepare(
+        flags.train([*args(texts, tmp_path / "r", STREAMING), "--steps", "10", "--mesh", over])
+    )
+    train.train(run)
+    close(np.array([row["loss"] for row in metrics.read(tmp_path / "r")]), np.array(alone), 1e-5)
+    lying = jax.tree.map(lambda x: x.sharding, run.state)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: x.is_equivalent_to(y, 5), lying, run.program.places)
+    )
+    kernel = run.state["params"]["blocks"][0]["mlp"]["down"]["kernel"]
+    moment = run.state["optimizer"][1].nu["blocks"][0]["mlp"]["down"]["kernel"]
+    parts = 2  # over tensor or over fsdp
+    for x in (kernel, moment):
+        assert {s.data.size for s in x.addressable_shards} == {x.size // parts}
+    assert run.program.step._cache_size() == 1
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(texts, tmp_path):
+    first = [*args(texts, tmp_path / "r"), "--steps", "2", "--mesh", "data=4,seq=2"]
+    assert train.main(first) == 0
+    about = checkpoint.manifest(tmp_path / "r", 2)["arrays"]
+    target = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about.items()}
+    saved = checkpoint.restore(tmp_path / "r", target, 2).state
+    for over in ("tensor=2", "fsdp=8", ""):
+        resume = ["--resume", "--run", str(tmp_path / "r"), "--steps", "3", "--mesh", over]
+        run = train.prepare(flags.train(resume))
+        flat = run.config.task.by_layer(run.state["params"])
+        for name, leaf in flat.items():
+            np.testing.assert_array_equal(leaf, saved[f"params.{name}"])
+    train.train(run)
+    assert checkpoint.latest(tmp_path / "r") == 3
+
+
+def test_devices_are_emulated_by_a_flag(texts, tmp_path):
+    more = ["--steps", "2", "--mesh", "seq=3", "--emulate-devices", "3"]
+    command = [sys.executable, train.__file__, *args(texts, tmp_path / "r"), *more]
+    bare = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "held-out bits per byte" in done.stdout
