@@ -24,12 +24,13 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
     if not mesh.several():
         return jnp.take(table, jnp.where(known, ids, table.shape[0]), axis=0, mode="fill")
     mesh.check(*ids.shape, table.shape[0], "vocabulary")
+    whole = mesh.size("tensor") == 1
 
     def local(table, ids):
         mine = ids - jax.lax.axis_index("tensor") * table.shape[0]
         here = (mine >= 0) & (mine < table.shape[0])
-        rows = jnp.take(table, jnp.where(here, mine, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], rows, 0), "tensor")
+        rows = jnp.where(here[..., None], jnp.take(table, jnp.where(here, mine, 0), axis=0), 0)
+        return rows if whole else jax.lax.psum(rows, "tensor")
 
     rows = manual(local, (WORDS, TIME), TIME)(table, ids)
     return jnp.where(known[..., None], rows, jnp.nan)
@@ -54,7 +55,8 @@ def nll(
     mesh.divide("vocabulary", table.shape[0], "tensor")
 
     def local(table, hidden, targets):
-        return _spans(project, table, hidden, targets, vocab, chunk, "tensor")
+        axis = "tensor" if mesh.size("tensor") > 1 else None
+        return _spans(project, table, hidden, targets, vocab, chunk, axis)
 
     return manual(local, (WORDS, TIME, TIME), TIME)(table, hidden, targets)
 

@@ -1,0 +1,105 @@
+"""What a compiled program does is counted with its loops; what a mixer exchanges is a formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scanax.sharding import hlo, mesh, ops, sequence
+
+ROWS, DEVICES = 2, 8
+
+
+@pytest.mark.parametrize("layers", [10, 40])
+def test_a_loop_counts_as_often_as_it_runs(layers):
+    def forward(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    shapes = (16, 32), (layers, 32, 32)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    counted = hlo.count(jax.jit(forward).lower(*arguments).compile().as_text())
+    work = layers * 16 * 32 * (2 * 32 + 1)
+    assert work <= counted.flops <= 1.02 * work  # the loop's own counter, and what tanh is made of
+
+
+def test_collectives_inside_a_loop():
+    def local(x):
+        def body(x, _):
+            return jax.lax.psum(x, "seq") / 8, jax.lax.all_gather(x, "seq").sum(0)
+
+        return jax.lax.scan(body, x, length=5)
+
+    with jax.set_mesh(mesh.make("seq=8")):
+        spread = sequence.manual(local, jax.P("seq"), jax.P("seq"))
+        compiled = jax.jit(spread).lower(jax.ShapeDtypeStruct((64, 4), jnp.float32)).compile()
+    counted = hlo.count(compiled.as_text())
+    own = 8 * 4 * 4  # bytes
+    assert counted.calls == {"all-reduce": 5, "all-gather": 5}
+    assert counted.received == {"all-reduce": 5 * 2 * 7 / 8 * own, "all-gather": 5 * 7 * own}
+
+
+def linear(logs, time, heads=4, key=8, value=6):
+    shapes = [(ROWS, time, heads, width) for width in (key, key, value)]
+    log = {"constant": (heads,), "scalar": (heads,), "vector": (heads, key)}[logs]
+    summary = 4 * ROWS * (heads * key * value + np.prod(log))
+    shapes.append(log if logs == "constant" else (ROWS, time, *log))
+    return ops.linear_attention, shapes, summary, 4 * ROWS * heads * key * value
+
+
+def selective(time, width=12, state=4):
+    shapes = [(ROWS, time, width), (ROWS, time, width), (width, state)]
+    shapes += [(ROWS, time, state)] * 2
+    summary = 4 * ROWS * width * (state + 1)
+    return ops.selective_scan, shapes, summary, 4 * ROWS * width * state
+
+
+def fixed(time, heads=4, key=8, value=6):
+    shapes = [(heads, key), (ROWS, time, heads, key), (ROWS, time, heads, value)]
+    summary = 4 * ROWS * heads * (2 + value)
+    return ops.fixed_query, shapes, summary, summary
+
+
+MIXERS = {
+    "retention, lightning": functools.partial(linear, "constant"),
+    "mamba2": functools.partial(linear, "scalar"),
+    "gla": functools.partial(linear, "vector"),
+    "mamba": selective,
+    "aaren": fixed,
+}
+
+
+def exchanged(op, shapes, time, *, final=False, gradient=False):
+    """Bytes that a device receives, by kind of collective."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    reset = jax.ShapeDtypeStruct((ROWS, time), bool)
+
+    def forward(*args):
+        y, state = op(*args[:-1], reset=args[-1])
+        return (y, state) if final else y
+
+    call = forward
+    if gradient:
+        call = jax.grad(lambda *args: jnp.sin(forward(*args)).sum(), range(len(shapes)))
+    with jax.set_mesh(mesh.make(f"seq={DEVICES}")):
+        compiled = jax.jit(call).lower(*arguments, reset).compile()
+    return hlo.count(compiled.as_text()).received
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_is_exchanged_is_one_summary_however_long_the_sequence(name):
+    """Forward P - 1 summaries (state and log in float32, a flag); backward as much, flags aside.
+
+    Shared arrays' gradients are summed over the devices besides. A final state costs one more.
+    """
+    for time in (64, 1024):
+        op, shapes, summary, state = MIXERS[name](time)
+        forward = exchanged(op, shapes, time)
+        assert forward == {"all-gather": (DEVICES - 1) * (summary + ROWS)}
+        both = exchanged(op, shapes, time, gradient=True)
+        shared = 4 * sum(np.prod(s) for s in shapes if s[0] != ROWS)
+        expected = forward | {"reduce-scatter": (DEVICES - 1) * summary}
+        expected["all-reduce"] = 2 * (DEVICES - 1) / DEVICES * shared
+        assert {kind: size for kind, size in expected.items() if size} == both
+    forward = exchanged(op, shapes, time, final=True)
+    assert forward["all-reduce"] == 2 * (DEVICES - 1) / DEVICES * state
