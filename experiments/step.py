@@ -21,7 +21,7 @@ class Program(NamedTuple):
     """Compiled functions, and the model's variables that are not trained."""
 
     graphdef: nnx.GraphDef
-    rest: nnx.State
+    rest: Any
     step: Any
     """step(state, rest, batch, rate) -> (state, metrics); the state that went in is used up."""
     score: Any
@@ -42,7 +42,26 @@ def build(
 
     A batch's rows are taken in `parts` equal parts, one after the other.
     """
-    over = mesh.make() if over is None else over
+    start, program = compiled(task, config, parts, mesh.make() if over is None else over)
+    state, rest = start(jax.random.key(seed))
+    return program._replace(rest=rest), state
+
+
+def abstract(task: Task, config: OptimizerConfig, parts: int, over: Mesh) -> tuple[Program, State]:
+    """What `build` makes, of shapes and shardings instead of arrays."""
+    start, program = compiled(task, config, parts, over)
+    state, rest = jax.eval_shape(start, jax.random.key(0))
+
+    def placed(x, where):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return program._replace(rest=rest), jax.tree.map(placed, state, program.places)
+
+
+def compiled(
+    task: Task, config: OptimizerConfig, parts: int, over: Mesh
+) -> tuple[Callable[..., Any], Program]:
+    """start(key) -> (state, rest), and the program without its `rest`; compiled when called."""
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
     transform = adamw(config, task.decayed(nnx.to_pure_dict(shapes)))
 
@@ -70,17 +89,16 @@ def build(
         return metrics, stream
 
     everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ROWS, "seq")
-    key = jax.random.key(seed)
-    blank, _ = jax.eval_shape(on_mesh(first), key)
+    blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0))
     params = task.shardings(blank["params"], over)
     places = jax.tree.map(lambda _: everywhere, blank)
     places = like(places, blank["params"], lambda _: params)
     streams = mesh.sharding(over, None, mesh.ROWS)
     places["stream"] = jax.tree.map(lambda _: streams, blank["stream"])
-    state, rest = jax.jit(on_mesh(first), out_shardings=(places, everywhere))(key)
+    start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    return Program(graphdef, rest, step, jax.jit(on_mesh(score)), places, rows), state
+    return start, Program(graphdef, None, step, jax.jit(on_mesh(score)), places, rows)
 
 
 def make_step(

@@ -17,6 +17,7 @@ from .config import LMConfig
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
+BOTH = ("tensor", "fsdp")  # of one axis, where the other is too small to be cut
 RULES = (
     # mixers and MLPs: matrices (in, out), then their biases and what else each head or channel has
     (r"\w+\.(q|k|v|x|z|dt|gate|up)\.kernel", INTO),
@@ -24,10 +25,10 @@ RULES = (
     (r"\w+\.(out|down)\.kernel", BACK),
     (r"\w+\.(out|down)\.bias", EVERYWHERE),
     (r"gla\.decay_down\.kernel", P("fsdp")),
-    (r"gla\.decay_up\.kernel", FEATURES),
+    (r"gla\.decay_up\.kernel", P(None, BOTH)),
     (r"gla\.decay_up\.bias", WITHIN),
-    (r"mamba\.(dt_down|B|C)\.kernel", P("tensor")),
-    (r"mamba\.dt_up\.kernel", FEATURES),
+    (r"mamba\.((dt_down|B|C)\.kernel|A_log)", P(BOTH)),
+    (r"mamba\.dt_up\.kernel", P(None, BOTH)),
     (r"mamba2\.(B|C)\.kernel", P("fsdp")),
     (r"mamba2?\.(A_log|D|dt_bias|scale)", WITHIN),
     (r"mamba2\.(B|C)_conv\.(kernel|bias)", EVERYWHERE),

@@ -1,5 +1,6 @@
 """Where parameters lie: strict rules from names to PartitionSpecs."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -18,12 +19,14 @@ def match(rules: Rules, name: str) -> PartitionSpec:
 
 def check(name: str, shape: Sequence[int], spec: PartitionSpec, sizes: dict[str, int]) -> None:
     """Raise a ValueError that names a parameter whose size does not divide over its axis."""
-    for size, axis in zip(shape, spec, strict=False):
-        parts = 1 if axis is None else sizes[axis]
+    for size, place in zip(shape, spec, strict=False):
+        axes = (place,) if isinstance(place, str) else place or ()
+        parts = math.prod(sizes[axis] for axis in axes)
         if size % parts:
+            over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
             below = size // parts * parts
             near = f"{below} or {below + parts}" if below else f"{parts}"
             raise ValueError(
-                f"{name} of shape {tuple(shape)}: {size} does not divide over {axis}={parts} "
-                f"devices; {near} would"
+                f"{name} of shape {tuple(shape)}: {size} does not divide over {over} devices; "
+                f"{near} would"
             )

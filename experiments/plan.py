@@ -1,0 +1,126 @@
+"""What a training step would cost on a mesh, before there is one: memory, work and traffic.
+
+python -m scanax.experiments.plan mamba-1.4b --mesh fsdp=8 --rows 8 --length 2048
+python -m scanax.experiments.plan gla-340m --mesh seq=8 --rows 1 --length 16384
+
+The step is compiled for as many emulated devices and nothing is allocated. Memory is what XLA's
+CPU compiler plans; an accelerator's keeps activations in another layout and fuses more.
+"""
+
+import os
+import sys
+
+if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # this folder's files must not shadow installed libraries
+
+import dataclasses
+import math
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from scanax.experiments import flags
+from scanax.experiments import step as steps
+from scanax.sharding import hlo, mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Count what a training step costs on a mesh."""
+
+    preset: Annotated[str, tyro.conf.Positional]
+    """An experiment of experiments/configs or a model of published size."""
+    mesh: str = ""
+    """Devices by axis, as data=2,seq=4; one device if empty."""
+    rows: int | None = None
+    """Sequences a step; the preset's if None."""
+    length: int | None = None
+    """Tokens of a sequence; the preset's if None."""
+    remat: str | None = None
+    """What blocks keep for the backward pass: none, full or dots; the preset's if None."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """0: done. 2: something given is wrong."""
+    about = "Count what a training step costs on a mesh, without allocating anything."
+    try:
+        config = flags.parse(
+            PlanConfig, None, sys.argv[1:] if args is None else args, "plan", about
+        )
+        mesh.emulate(math.prod(mesh.parse(config.mesh).values()))
+        for line in lines(plan(config)):
+            print(line)
+    except ValueError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Figures of one step, each a device's: bytes, floating-point operations, collectives."""
+    task = flags.preset(config.preset).task
+    model = task.model
+    if config.remat is not None:
+        model = dataclasses.replace(model, remat=config.remat)
+    changed = {"rows": config.rows, "length": config.length}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    task = dataclasses.replace(task, model=model, **changed)
+    optimizer = flags.preset(config.preset).optimizer
+    over = mesh.make(config.mesh)
+    program, state = steps.abstract(task, optimizer, 1, over)
+    shape = (task.rows, task.length)
+    kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=program.rows)
+        for name, kind in kinds.items()
+    }
+    rate = jax.ShapeDtypeStruct((), np.float32)
+    compiled = program.step.lower(state, program.rest, batch, rate).compile()
+    counted, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
+    return {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
+        "tokens": math.prod(shape),
+        "devices": over.size,
+        "parameter_bytes": held(state["params"]),
+        "optimizer_bytes": held(state["optimizer"]),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "flops": counted.flops,
+        "unknown": counted.unknown,
+        "calls": dict(counted.calls),
+        "received_bytes": dict(counted.received),
+    }
+
+
+def held(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures as text."""
+
+    def size(number):
+        return f"{number / 1e6:,.1f} MB" if number < 1e9 else f"{number / 1e9:,.2f} GB"
+
+    devices = found["devices"]
+    text = [
+        f"{found['parameters'] / 1e6:,.1f} million parameters, {found['tokens']:,} tokens a step, "
+        f"{devices} device{'s' * (devices > 1)}; each of them:",
+        f"  parameters          {size(found['parameter_bytes']):>12}",
+        f"  optimizer state     {size(found['optimizer_bytes']):>12}",
+        f"  activations, other  {size(found['temporary_bytes']):>12}",
+        f"  operations          {found['flops'] / 1e12:>9,.3f} T",
+    ]
+    if found["unknown"]:
+        text.append(f"  ({found['unknown']} loops depend on the data: counted as if they ran once)")
+    for kind, calls in sorted(found["calls"].items()):
+        received = size(found["received_bytes"][kind])
+        text.append(f"  {kind:<19} {received:>12} received in {calls} calls")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
