@@ -196,7 +196,7 @@ def attention(
         return kernels.attention(q, k, v, reset=reset, **how)
     rows, time, heads = q.shape[:3]
     if k.shape[1] != time or {"q_index", "q_start", "kv_index", "return_lse"} & how.keys():
-        raise ValueError("attention with a state carried over does not run on a mesh of devices yet")
+        raise ValueError("attention with a state carried over does not run on a mesh yet")
     mesh.check(rows, time, heads)
     (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
 
