@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from ..sharding import mesh
 from .optimizer import OptimizerConfig, adamw
@@ -177,3 +177,13 @@ def like(state: State, example: Any, convert: Callable[[Any], Any]) -> State:
         return jax.tree.structure(tree) == structure
 
     return jax.tree.map(lambda x: convert(x) if alike(x) else x, state, is_leaf=alike)
+
+
+class Place:
+    """Where an array lies; one of a stack's layers, where that one would."""
+
+    def __init__(self, where: NamedSharding):
+        self.where = where
+
+    def __getitem__(self, _: int) -> "Place":
+        return Place(NamedSharding(self.where.mesh, PartitionSpec(*self.where.spec[1:])))

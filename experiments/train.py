@@ -25,7 +25,7 @@ from scanax.experiments import checkpoint, flags, metrics, plot
 from scanax.experiments.config import TrainConfig, differences, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
-from scanax.experiments.step import Program, State, build, like
+from scanax.experiments.step import Place, Program, State, build, like
 from scanax.experiments.tasks import Batch
 from scanax.sharding import mesh
 
@@ -100,6 +100,9 @@ def prepare(config: TrainConfig) -> Run:
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
     over = mesh.make(config.mesh)
+    with jax.set_mesh(over):
+        time_steps = jax.tree.leaves(batch)[0].shape[1]
+        mesh.check(rows // config.accumulate, time_steps)
     program, state = build(task, config.optimizer, config.seed, config.accumulate, over)
     run = Run(config, program, state)
     if config.resume:
@@ -119,10 +122,17 @@ def restore(run: Run) -> None:
     if not checkpoint.steps(config.folder):
         return
     saved = jax.eval_shape(lambda state: like(state, params, task.by_layer), run.state)
+    places = like(jax.tree.map(Place, run.program.places), params, task.by_layer)
     run.state = {}  # its memory is needed
-    found = checkpoint.restore(config.folder, saved, config.step)
-    state = like(found.state, saved["params"], task.from_layers)
-    run.state = jax.device_put(state, run.program.places)
+    wanted = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.where), saved, places
+    )
+    found = checkpoint.restore(config.folder, wanted, config.step)
+
+    def stacked(state):
+        return like(state, saved["params"], task.from_layers)
+
+    run.state = jax.jit(stacked, out_shardings=run.program.places)(found.state)
     run.step = run.saved = found.step
     run.seconds = found.metadata["seconds"]
     run.heldout = checkpoint.manifest(config.folder, found.step)["metric"]

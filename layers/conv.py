@@ -53,8 +53,8 @@ class ShortConv(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         weights = self.kernel[...].astype(self.dtype), bias
         spread = P(None, "tensor"), None if bias is None else P("tensor")
-        y, window = sequence.run_window(_convolved, x, weights, window, reset, spread)
-        return y.astype(self.dtype), window
+        y, after = sequence.run_window(_convolved, x, weights, window, reset, spread)
+        return y.astype(self.dtype), after
 
     def init_window(self, batch: int, dtype: DTypeLike) -> Float[Array, "B W D"]:
         """The window before any token."""

@@ -70,7 +70,7 @@ class LM(nnx.Module):
         """
         x, state, aux = self.hidden(tokens, state, reset)
         config = self.config
-        nll = vocabulary.nll(_logits, self.table, x, targets, config.vocab, config.loss_chunk)
+        nll = vocabulary.nll(_logits, self.weight, x, targets, config.vocab, config.loss_chunk)
         return nll, state, aux
 
     def init_state(self, batch: int, max_length: int) -> tuple:
@@ -135,19 +135,19 @@ class LM(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The head, accumulated and returned in at least float32."""
-        return _logits(x, self.table)[..., : self.config.vocab]
+        return _logits(x, self.weight)[..., : self.config.vocab]
 
     @property
-    def table(self) -> Float[Array, "rows D"]:
-        """The head's row of each token."""
-        return self.embedding[...] if self.head is None else self.head.kernel[...].T
+    def weight(self) -> Float[Array, "D columns"]:
+        """The head's column of each token."""
+        return self.embedding[...].T if self.head is None else self.head.kernel[...]
 
 
-def _logits(x, table):
+def _logits(x, weight):
     exact = jnp.promote_types(jnp.float32, x.dtype)
     dimensions = ((x.ndim - 1,), (0,)), ((), ())
     kinds = {"precision": "highest", "preferred_element_type": exact}
-    return flat_dot_general(x, table.T.astype(x.dtype), dimensions, **kinds)
+    return flat_dot_general(x, weight.astype(x.dtype), dimensions, **kinds)
 
 
 def _join(aux: list[dict[str, Array]]) -> dict[str, Array]:

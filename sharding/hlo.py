@@ -38,7 +38,9 @@ class Counts:
     """How often each kind of collective runs."""
     unknown: int = 0
     """Loops whose trip count depends on the data: their body is counted once."""
-    received: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    received: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
     """Bytes that the busiest device receives by each kind, if it goes round a ring."""
 
 
@@ -48,7 +50,7 @@ def count(text: str) -> Counts:
     total = Counts()
     partitions = re.search(r"num_partitions=(\d+)", text)
     everyone = int(partitions[1]) if partitions else 1
-    by_device: collections.Counter = collections.Counter()
+    by_device: dict[int, float] = collections.defaultdict(float)
     for times, one, types in walk(computations, entry, 1):
         total.flops += times * flops(one, types)
         total.unknown += one.opcode == "while" and "known_trip_count" not in one.attributes
@@ -57,8 +59,8 @@ def count(text: str) -> Counts:
             continue
         total.calls[kind] += times
         if kind == "collective-permute":  # each device may be a target or not
-            pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?[,\s]", one.attributes + " ")
-            for target in re.findall(r"\{\d+,(\d+)", "{" + pairs[1].lstrip("{") if pairs else ""):
+            pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
+            for target in re.findall(r"\{\d+,(\d+)\}", pairs[1] if pairs else ""):
                 by_device[int(target)] += times * operand_bytes(one, types)
         else:
             total.received[kind] += times * wire(kind, one, types, everyone)

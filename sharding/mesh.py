@@ -2,10 +2,10 @@
 
 Every mesh has all axes, those that are not named with one device, so that a PartitionSpec fits any:
 
-    pipe      spans of layers        data      rows of a batch
+    data      rows of a batch
     fsdp      rows, and parameters between their uses
-    expert    experts                seq       time
-    tensor    heads and features
+    seq       time
+    tensor    heads, features and the vocabulary
 
 The axes are Auto: XLA places what no constraint or shard_map does.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("pipe", "data", "fsdp", "expert", "seq", "tensor")
+AXES: tuple[str, ...] = ("data", "fsdp", "seq", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch's rows lie over
 
 
@@ -74,7 +74,10 @@ def size(*axes: str) -> int:
 
 
 def several() -> bool:
-    """Whether a mesh of more than one device is in force."""
+    """Whether a mesh of `make`, of more than one device, is in force and not yet in shard_map."""
+    current = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(current.axis_names) or current.manual_axes:
+        return False  # another program's mesh, or already one device's part
     return size(*AXES) > 1
 
 

@@ -21,6 +21,7 @@ from . import mesh
 from .sequence import HEADS, TIME, manual, run
 
 BY_HEAD = P(mesh.ROWS, "tensor")  # states (B, H, ...)
+CACHED = ("q_index", "q_start", "kv_index")  # what attention over a cache is given
 
 
 def linear_attention(
@@ -41,10 +42,10 @@ def linear_attention(
     exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
     if state is None:
         state = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), exact)
-    (q, k, v), specs = zip(*(grouped(x, heads) for x in (q, k, v)), strict=True)
+    (q, k, v), lying = zip(*(grouped(x, heads) for x in (q, k, v)), strict=True)
     constant = log_decay.ndim == 1
     tokens, shared = ((q, k, v), log_decay) if constant else ((q, k, v, log_decay), ())
-    specs = (specs, P("tensor")) if constant else ((*specs, HEADS), ())
+    places: Any = (lying, P("tensor")) if constant else ((*lying, HEADS), ())
 
     def op(tokens, shared, state, reset):
         *qkv, log_decay = (*tokens, shared) if constant else tokens
@@ -64,7 +65,7 @@ def linear_attention(
         shared,
         state.astype(exact),
         reset,
-        specs=(*specs, BY_HEAD, HEADS),
+        specs=(places[0], places[1], BY_HEAD, HEADS),
         summarize=summarize,
         monoid=lambda _: DECAY,
         element=element,
@@ -162,7 +163,7 @@ def positions(
     """`documents.positions` on the mesh in force."""
     if reset is None or not mesh.several():  # without documents they are an iota, wherever it lies
         return documents.positions(length, start, reset)
-    mesh.check(*reset.shape)
+    mesh.check(reset.shape[0], reset.shape[1])
     start = jnp.zeros(reset.shape[0], jnp.int32) if start is None else start.astype(jnp.int32)
 
     def summarize(reset, shared, _, state):
@@ -195,8 +196,10 @@ def attention(
     if not mesh.several():
         return kernels.attention(q, k, v, reset=reset, **how)
     rows, time, heads = q.shape[:3]
-    if k.shape[1] != time or {"q_index", "q_start", "kv_index", "return_lse"} & how.keys():
+    if k.shape[1] != time or any(how.get(name) is not None for name in CACHED):
         raise ValueError("attention with a state carried over does not run on a mesh yet")
+    if how.get("return_lse") or not how.get("causal", True):
+        raise ValueError("only causal attention, without its log-sum-exp, runs on a mesh yet")
     mesh.check(rows, time, heads)
     (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
 

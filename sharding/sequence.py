@@ -126,12 +126,14 @@ def run_window(
     """(y, window) of op(x, shared, window, reset), which looks back no further than the window.
 
     x (B, T, D) and the window (B, W, D), the last inputs before x, lie over the mesh in force with
-    D over `tensor`; `spread` are the PartitionSpecs of `shared`. A halo of W rows is exchanged.
+    D over `tensor` if it divides; `spread` are the PartitionSpecs of `shared` then. A halo of W
+    rows is exchanged.
     """
     if not mesh.several():
         return op(x, shared, window, reset)
-    past = window.shape[1]
-    if x.shape[1] // mesh.size("seq") < past:
+    past, channels = window.shape[1], x.shape[2]
+    mesh.check(x.shape[0], x.shape[1])
+    if mesh.size("seq") > 1 and x.shape[1] // mesh.size("seq") < past:
         raise ValueError(
             f"T={x.shape[1]} over seq={mesh.size('seq')} leaves a device fewer than the {past} "
             f"tokens that a convolution looks back; T={past * mesh.size('seq')} would do"
@@ -141,10 +143,15 @@ def run_window(
         if mesh.size("seq") == 1 or past == 0:
             return op(x, shared, window, reset)
         end = None if reset is None else reset[:, -past:]
+        kept = window.dtype  # which may be coarser than what one neighbour tells the other
+        window = window.astype(x.dtype)
         _, tail = op(x[:, -past:], shared, jnp.zeros_like(window), end)
         y, after = op(x, shared, halo(window, tail, "seq"), reset)
-        return y, last(after, "seq")
+        return y, last(after, "seq").astype(kept)
 
-    rows = P(mesh.ROWS, None, "tensor")
-    specs = (HEADS, spread, rows, None if reset is None else TIME)
-    return manual(local, specs, (HEADS, rows))(x, shared, window, reset)
+    if channels % mesh.size("tensor") == 0:
+        tokens, windows = HEADS, P(mesh.ROWS, None, "tensor")
+    else:  # a few channels that all heads share lie whole on every device
+        tokens, windows, spread = TIME, P(mesh.ROWS), jax.tree.map(lambda _: P(), shared)
+    specs = (tokens, spread, windows, None if reset is None else TIME)
+    return manual(local, specs, (tokens, windows))(x, shared, window, reset)

@@ -38,34 +38,34 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
 
 def nll(
     project: Callable,
-    table: Float[Array, "V D"],
+    weight: Float[Array, "D V"],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     vocab: int,
     chunk: int,
 ) -> Float[Array, "B T"]:
-    """-log softmax(project(hidden, table))[target] in nats, over the first `vocab` rows.
+    """-log softmax(project(hidden, weight))[target] in nats, over the first `vocab` columns.
 
     `chunk` tokens at a time (0: all at once) of each device: spans of time over its rows, one time
     step at least. Each chunk's logits are computed again in the backward pass and their gradient
-    to the table is added up chunk by chunk. A target outside the vocabulary is nan.
+    to the weight is added up chunk by chunk. A target outside the vocabulary is nan.
     """
     if not mesh.several():
-        return _spans(project, table, hidden, targets, vocab, chunk, None)
-    mesh.divide("vocabulary", table.shape[0], "tensor")
+        return _spans(project, weight, hidden, targets, vocab, chunk, None)
+    mesh.divide("vocabulary", weight.shape[1], "tensor")
 
-    def local(table, hidden, targets):
+    def local(weight, hidden, targets):
         axis = "tensor" if mesh.size("tensor") > 1 else None
-        return _spans(project, table, hidden, targets, vocab, chunk, axis)
+        return _spans(project, weight, hidden, targets, vocab, chunk, axis)
 
-    return manual(local, (WORDS, TIME, TIME), TIME)(table, hidden, targets)
+    return manual(local, (P(None, "tensor"), TIME, TIME), TIME)(weight, hidden, targets)
 
 
-def _spans(project, table, hidden, targets, vocab, chunk, axis):
+def _spans(project, weight, hidden, targets, vocab, chunk, axis):
     batch, time = targets.shape
     span = min(time, max(1, chunk // batch)) if chunk else time
     if span == time:
-        return _nll(project, table, hidden, targets, vocab, axis)
+        return _nll(project, weight, hidden, targets, vocab, axis)
     spans = -(-time // span)
 
     def split(x):
@@ -74,19 +74,19 @@ def _spans(project, table, hidden, targets, vocab, chunk, axis):
 
     @jax.checkpoint
     def body(_, x):
-        return None, _nll(project, table, *x, vocab, axis)
+        return None, _nll(project, weight, *x, vocab, axis)
 
     _, losses = jax.lax.scan(body, None, (split(hidden), split(targets)))
     return jnp.moveaxis(losses, 0, 1).reshape(batch, spans * span)[:, :time]
 
 
-def _nll(project, table, hidden, targets, vocab, axis):
-    logits, first = project(hidden, table), 0
+def _nll(project, weight, hidden, targets, vocab, axis):
+    logits, first = project(hidden, weight), 0
     if axis is None:
         logits = logits[..., :vocab]
-    else:  # rows past the vocabulary are on the last devices
-        first = jax.lax.axis_index(axis) * table.shape[0]
-        there = first + jnp.arange(table.shape[0], dtype=jnp.int32) < vocab
+    else:  # columns past the vocabulary are on the last devices
+        first = jax.lax.axis_index(axis) * weight.shape[1]
+        there = first + jnp.arange(weight.shape[1], dtype=jnp.int32) < vocab
         logits = jnp.where(there, logits, -jnp.inf)
     mine, known = targets - first, (targets >= 0) & (targets < vocab)
     here = known & (mine >= 0) & (mine < logits.shape[-1])

@@ -20,8 +20,8 @@ def _dense(weight, hidden, targets):
 
 
 def _chunked(chunk, weight, hidden, targets):
-    head = lambda x, table: jnp.einsum("btd,vd->btv", x, table, precision="highest")  # noqa: E731
-    return nll(head, weight.T, hidden, targets, VOCAB, chunk)
+    head = lambda x, weight: jnp.einsum("btd,dv->btv", x, weight, precision="highest")  # noqa: E731
+    return nll(head, weight, hidden, targets, VOCAB, chunk)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 16, 58, 1000])

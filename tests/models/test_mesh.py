@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scanax.layers.aaren import AarenConfig
 from scanax.layers.attention import AttentionConfig
 from scanax.layers.gla import GLAConfig
+from scanax.layers.lightning import LightningConfig
+from scanax.layers.mamba import MambaConfig
 from scanax.layers.mamba2 import Mamba2Config
+from scanax.layers.mlp import MLPConfig
 from scanax.models import LM, LMConfig, merge, split
 from scanax.models.partition import shardings, specs
 from scanax.sharding import mesh
@@ -85,6 +89,37 @@ def test_every_parameter_has_its_place():
         specs(ALL, {"blocks": {0: {"mixer": {"other": jnp.zeros(3, jnp.float32)}}}})
     with pytest.raises(ValueError, match=r": 16 does not divide over tensor=3 devices; 15 or 18"):
         shardings(ALL, params, mesh.make("tensor=3"))
+
+
+def test_every_option_has_its_place():
+    """Biases, norms with weights, grouped heads: whatever a flag adds is laid out."""
+    biased = dataclasses.replace(
+        ALL,
+        norm="layer",
+        tie_head=False,
+        mlp=MLPConfig(bias=True),
+        mamba=MambaConfig(bias=True, norm="weighted"),
+        mamba2=Mamba2Config(head_width=8, state=4, bias=True),
+        aaren=AarenConfig(bias=True),
+        attention=AttentionConfig(heads=4, bias=True, out_bias=True),
+        lightning=LightningConfig(norm_scale=True),
+    )
+    _, params, _ = split(nnx.eval_shape(lambda: LM(biased, rngs=nnx.Rngs(0))))
+    assert jax.tree.structure(specs(biased, params), is_leaf=lambda x: isinstance(x, jax.P))
+
+
+def test_one_token_decodes_over_rows_and_heads():
+    config = dataclasses.replace(STATES, pattern="gla,mamba2,mamba", depth=3)
+    graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
+    step = jax.jit(lambda params, tokens, state: merge(graphdef, params, rest)(tokens, state))
+    state = merge(graphdef, params, rest).init_state(B, 1)
+    token = jnp.ones((B, 1), jnp.int32)
+    alone = step(params, token, step(params, token, state)[1])[0]
+    made = mesh.make("data=2,tensor=4")
+    placed = jax.device_put(params, shardings(config, params, made))
+    with jax.set_mesh(made):
+        spread = step(placed, token, step(placed, token, state)[1])[0]
+    close(spread, alone, 1e-5)
 
 
 @pytest.mark.parametrize(

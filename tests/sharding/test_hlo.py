@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scanax.kernels.monoid import DECAY
 from scanax.sharding import hlo, mesh, ops, sequence
 
 ROWS, DEVICES = 2, 8
@@ -37,6 +38,20 @@ def test_collectives_inside_a_loop():
     own = 8 * 4 * 4  # bytes
     assert counted.calls == {"all-reduce": 5, "all-gather": 5}
     assert counted.received == {"all-reduce": 5 * 2 * 7 / 8 * own, "all-gather": 5 * 7 * own}
+
+
+@pytest.mark.parametrize(("method", "sent"), [("scan", 3), ("ring", 1)])
+def test_exchanges_by_pairs(method, sent):
+    """What a device receives of a summary: ceil(log2 8) of them, or one."""
+
+    def local(x):
+        return sequence.across(DECAY, (x[:, 0], x), "seq", method)[1]
+
+    with jax.set_mesh(mesh.make("seq=8")):
+        spread = sequence.manual(local, jax.P("seq"), jax.P("seq"))
+        compiled = jax.jit(spread).lower(jax.ShapeDtypeStruct((64, 4), jnp.float32)).compile()
+    counted = hlo.count(compiled.as_text())
+    assert counted.received == {"collective-permute": sent * 8 * (4 + 1) * 4}
 
 
 def linear(logs, time, heads=4, key=8, value=6):
