@@ -45,7 +45,8 @@ def test_exchanges_by_pairs(method, sent):
     """What a device receives of a summary: ceil(log2 8) of them, or one."""
 
     def local(x):
-        return sequence.across(DECAY, (x[:, 0], x), "seq", method)[1]
+        log, state = sequence.across(DECAY, (x[:, 0], x), "seq", method)
+        return log[:, None] + state
 
     with jax.set_mesh(mesh.make("seq=8")):
         spread = sequence.manual(local, jax.P("seq"), jax.P("seq"))
