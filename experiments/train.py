@@ -96,12 +96,11 @@ def prepare(config: TrainConfig) -> Run:
     metrics.check(config)
     task.check()
     batch = task.batches(config.seed, 0)
-    rows = len(jax.tree.leaves(batch)[0])
+    rows, time_steps = jax.tree.leaves(batch)[0].shape[:2]
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
     over = mesh.make(config.mesh)
     with jax.set_mesh(over):
-        time_steps = jax.tree.leaves(batch)[0].shape[1]
         mesh.check(rows // config.accumulate, time_steps)
     program, state = build(task, config.optimizer, config.seed, config.accumulate, over)
     run = Run(config, program, state)

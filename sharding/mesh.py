@@ -92,12 +92,17 @@ def sharding(mesh: Mesh, *spec: Any) -> NamedSharding:
 
 def divide(what: str, number: int, *axes: str) -> None:
     """Raise a ValueError, with the nearest that would do, if `number` does not divide over axes."""
-    parts = size(*axes)
-    if number % parts:
-        over = " x ".join(f"{axis}={size(axis)}" for axis in axes if size(axis) > 1)
-        below = number // parts * parts
-        near = f"{below} or {below + parts}" if below else f"{parts}"
-        raise ValueError(f"{what}={number} does not divide over {over} devices; {near} would")
+    if number % size(*axes):
+        raise ValueError(f"{what}={refusal(number, {axis: size(axis) for axis in axes})}")
+
+
+def refusal(number: int, sizes: dict[str, int]) -> str:
+    """That a number does not divide over axes of these sizes, and the nearest that would."""
+    parts = math.prod(sizes.values())
+    over = " x ".join(f"{axis}={devices}" for axis, devices in sizes.items() if devices > 1)
+    below = number // parts * parts
+    near = f"{below} or {below + parts}" if below else f"{parts}"
+    return f"{number} does not divide over {over} devices; {near} would"
 
 
 def check(rows: int, time: int, heads: int = 0, what: str = "heads") -> None:

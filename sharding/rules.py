@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from jax.sharding import PartitionSpec
 
+from .mesh import refusal
+
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
@@ -21,12 +23,6 @@ def check(name: str, shape: Sequence[int], spec: PartitionSpec, sizes: dict[str,
     """Raise a ValueError that names a parameter whose size does not divide over its axis."""
     for size, place in zip(shape, spec, strict=False):
         axes = (place,) if isinstance(place, str) else place or ()
-        parts = math.prod(sizes[axis] for axis in axes)
-        if size % parts:
-            over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
-            below = size // parts * parts
-            near = f"{below} or {below + parts}" if below else f"{parts}"
-            raise ValueError(
-                f"{name} of shape {tuple(shape)}: {size} does not divide over {over} devices; "
-                f"{near} would"
-            )
+        over = {axis: sizes[axis] for axis in axes}
+        if size % math.prod(over.values()):
+            raise ValueError(f"{name} of shape {tuple(shape)}: {refusal(size, over)}")
