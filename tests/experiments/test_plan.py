@@ -2,8 +2,16 @@
 
 import re
 
+import jax
 import pytest
 from scanax.experiments import plan
+
+
+@pytest.fixture(autouse=True, scope="module")
+def devices():
+    """JAX has found the suite's eight before a plan could ask for other ones."""
+    assert len(jax.devices()) == 8
+
 
 SMALL = ["stdlib", "--rows", "8", "--length", "64"]
 
