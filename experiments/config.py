@@ -8,6 +8,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
+from ..sharding.schedule import Schedule
 from .optimizer import OptimizerConfig
 from .tasks.lm import LMTask
 
@@ -38,6 +39,8 @@ class TrainConfig(Generic[T]):
     mesh: str = ""
     """Devices by axis, as data=2,seq=4: data and fsdp (rows; fsdp also the parameters), seq (time),
     tensor (heads and features). If empty, one device."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """How what lies over a mesh is exchanged."""
     emulate_devices: int = 0
     """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
     seed: int = 0

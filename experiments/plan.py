@@ -23,6 +23,7 @@ import tyro
 from scanax.experiments import flags
 from scanax.experiments import step as steps
 from scanax.sharding import hlo, mesh
+from scanax.sharding.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PlanConfig:
     """An experiment of experiments/configs or a model of published size."""
     mesh: str = ""
     """Devices by axis, as data=2,seq=4; one device if empty."""
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    """How what lies over the mesh is exchanged."""
     rows: int | None = None
     """Sequences a step; the preset's if None."""
     length: int | None = None
@@ -68,7 +71,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     task = dataclasses.replace(task, model=model, **changed)
     optimizer = flags.preset(config.preset).optimizer
     over = mesh.make(config.mesh)
-    program, state = steps.abstract(task, optimizer, 1, over)
+    program, state = steps.abstract(task, optimizer, 1, over, config.schedule)
     shape = (task.rows, task.length)
     kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
     batch = {

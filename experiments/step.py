@@ -10,7 +10,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from ..sharding import mesh
+from ..sharding import mesh, schedule
+from ..sharding.schedule import Schedule
 from .optimizer import OptimizerConfig, adamw
 from .tasks import Task
 
@@ -36,20 +37,28 @@ class Program(NamedTuple):
 
 
 def build(
-    task: Task, config: OptimizerConfig, seed: int, parts: int, over: Mesh | None = None
+    task: Task,
+    config: OptimizerConfig,
+    seed: int,
+    parts: int,
+    over: Mesh | None = None,
+    how: Schedule = Schedule(),
 ) -> tuple[Program, State]:
     """The program of a task, and the state before the first step, on a mesh (None: one device).
 
-    A batch's rows are taken in `parts` equal parts, one after the other.
+    A batch's rows are taken in `parts` equal parts, one after the other; `how` says what is in
+    force on the mesh.
     """
-    start, program = compiled(task, config, parts, mesh.make() if over is None else over)
+    start, program = compiled(task, config, parts, mesh.make() if over is None else over, how)
     state, rest = start(jax.random.key(seed))
     return program._replace(rest=rest), state
 
 
-def abstract(task: Task, config: OptimizerConfig, parts: int, over: Mesh) -> tuple[Program, State]:
+def abstract(
+    task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule = Schedule()
+) -> tuple[Program, State]:
     """What `build` makes, of shapes and shardings instead of arrays."""
-    start, program = compiled(task, config, parts, over)
+    start, program = compiled(task, config, parts, over, how)
     state, rest = jax.eval_shape(start, jax.random.key(0))
 
     def placed(x, where):
@@ -59,7 +68,7 @@ def abstract(task: Task, config: OptimizerConfig, parts: int, over: Mesh) -> tup
 
 
 def compiled(
-    task: Task, config: OptimizerConfig, parts: int, over: Mesh
+    task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule
 ) -> tuple[Callable[..., Any], Program]:
     """start(key) -> (state, rest), and the program without its `rest`; compiled when called."""
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
@@ -76,7 +85,7 @@ def compiled(
     def on_mesh(function):
         @functools.wraps(function)
         def traced(*args):
-            with use_abstract_mesh(over.abstract_mesh):
+            with use_abstract_mesh(over.abstract_mesh), schedule.using(how):
                 return function(*args)
 
         return traced

@@ -102,7 +102,8 @@ def prepare(config: TrainConfig) -> Run:
     over = mesh.make(config.mesh)
     with jax.set_mesh(over):
         mesh.check(rows // config.accumulate, time_steps)
-    program, state = build(task, config.optimizer, config.seed, config.accumulate, over)
+    optimizer, parts = config.optimizer, config.accumulate
+    program, state = build(task, optimizer, config.seed, parts, over, config.schedule)
     run = Run(config, program, state)
     if config.resume:
         restore(run)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ..kernels.monoid import Element, Monoid, resettable
-from . import mesh
+from . import mesh, schedule
 
 Method = Literal["gather", "scan", "ring"]
 
@@ -87,7 +87,6 @@ def run(
     monoid: Callable[[Any], Monoid],
     element: Callable[[Any], Element],
     value: Callable[[Element], Any],
-    method: Method = "gather",
 ) -> Any:
     """(outputs, state) of op(tokens, shared, state, reset) over the mesh in force.
 
@@ -101,7 +100,8 @@ def run(
             rule = resettable(monoid(shared))
             summary = summarize(tokens, shared, reset, state)
             start = jnp.zeros_like(summary[0]), element(state)
-            _, entered = rule.combine(start, across(rule, summary, "seq", method))
+            before = across(rule, summary, "seq", schedule.in_force().states)
+            _, entered = rule.combine(start, before)
             outputs, after = op(tokens, shared, value(entered), reset)
             return outputs, last(after, "seq")
         return op(tokens, shared, state, reset)

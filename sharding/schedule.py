@@ -1,0 +1,42 @@
+"""How work that lies over a mesh is exchanged: which schedule in place of another, same results.
+
+`with using(Schedule(attention="ring")):` puts one in force for what is traced inside; functions
+that were compiled under another are compiled again.
+"""
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Literal, get_args
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How what lies over a mesh is exchanged; the results are the same."""
+
+    states: Literal["gather", "scan", "ring"] = "gather"
+    """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P exchanges
+    one after the other (for large states or many devices), or a ring of P - 1."""
+    attention: Literal["gather", "ring", "token-ring", "ulysses"] = "gather"
+    """Softmax attention over the axis seq: keys and values gathered (LASP-2H), keys and values round
+    a ring, queries and their partial results round it (TokenRing), or heads for time by all-to-all
+    (Ulysses)."""
+
+    def __post_init__(self):
+        for each in dataclasses.fields(self):
+            value, known = getattr(self, each.name), get_args(each.type)
+            if known and value not in known:
+                raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
+
+
+_context = jax.make_user_context(Schedule())
+
+
+def using(schedule: Schedule) -> AbstractContextManager[None]:
+    """A context manager under which `schedule` is in force."""
+    return _context(schedule)
+
+
+def in_force() -> Schedule:
+    return _context.value
