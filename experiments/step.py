@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from ..sharding import mesh, schedule
-from ..sharding.schedule import Schedule
+from ..sharding.schedule import PLAIN, Schedule
 from .optimizer import OptimizerConfig, adamw
 from .tasks import Task
 
@@ -42,7 +42,7 @@ def build(
     seed: int,
     parts: int,
     over: Mesh | None = None,
-    how: Schedule = Schedule(),
+    how: Schedule = PLAIN,
 ) -> tuple[Program, State]:
     """The program of a task, and the state before the first step, on a mesh (None: one device).
 
@@ -55,7 +55,7 @@ def build(
 
 
 def abstract(
-    task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule = Schedule()
+    task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule = PLAIN
 ) -> tuple[Program, State]:
     """What `build` makes, of shapes and shardings instead of arrays."""
     start, program = compiled(task, config, parts, over, how)

@@ -16,12 +16,12 @@ class Schedule:
     """How what lies over a mesh is exchanged; the results are the same."""
 
     states: Literal["gather", "scan", "ring"] = "gather"
-    """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P exchanges
-    one after the other (for large states or many devices), or a ring of P - 1."""
+    """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P
+    exchanges one after the other (for large states or many devices), or a ring of P - 1."""
     attention: Literal["gather", "ring", "token-ring", "ulysses"] = "gather"
-    """Softmax attention over the axis seq: keys and values gathered (LASP-2H), keys and values round
-    a ring, queries and their partial results round it (TokenRing), or heads for time by all-to-all
-    (Ulysses)."""
+    """Softmax attention over the axis seq: keys and values gathered (LASP-2H), sent round a ring,
+    queries and their partial results sent round it (TokenRing), or heads exchanged for time by
+    all-to-all (Ulysses)."""
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
@@ -30,7 +30,8 @@ class Schedule:
                 raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
 
 
-_context = jax.make_user_context(Schedule())
+PLAIN = Schedule()
+_context = jax.make_user_context(PLAIN)
 
 
 def using(schedule: Schedule) -> AbstractContextManager[None]:
