@@ -18,6 +18,7 @@ from ..layers.mamba2 import Mamba2
 from ..layers.mlp import GELU, GLU, SwiGLU
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
+from ..sharding.mesh import refusal
 from .config import LMConfig
 from .pattern import Kind, parse
 
@@ -76,11 +77,14 @@ class Block(nnx.Module):
 
 
 class Run(NamedTuple):
-    """Consecutive blocks that differ in nothing but the values of their variables."""
+    """Consecutive blocks that differ in nothing but the values of their variables.
+
+    In a pipeline, such blocks at the same place of every part, by stage and then by round.
+    """
 
     kind: Kind
-    start: int
-    length: int
+    layers: tuple[int, ...]
+    """Their numbers, in the order in which they are stacked."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -91,18 +95,42 @@ def abstract(config: LMConfig, kind: Kind, layer: int) -> tuple[nnx.GraphDef, An
 
 @functools.lru_cache(maxsize=64)
 def runs(config: LMConfig) -> tuple[Run, ...]:
-    """The blocks of a model, grouped into the longest runs of identical ones."""
-    found: list[Run] = []
-    previous = None
-    for layer, kind in enumerate(parse(config.pattern, config.depth)):
-        graphdef, state = abstract(config, kind, layer)
-        this = kind, graphdef, jax.tree.structure(state), jax.tree.leaves(state)
-        if this == previous:
-            found[-1] = found[-1]._replace(length=found[-1].length + 1)
+    """The blocks of a model, grouped into the longest runs of identical ones.
+
+    Raises ValueError for a pipeline whose parts are not alike.
+    """
+    stages, rounds = config.pipeline
+    if config.depth % (stages * rounds):
+        over = {"pipe": stages, "rounds": rounds}
+        raise ValueError(f"depth={refusal(config.depth, over, 'parts')}")
+    kinds, size = parse(config.pattern, config.depth), config.depth // (stages * rounds)
+
+    def blueprint(layer):
+        graphdef, state = abstract(config, kinds[layer], layer)
+        return kinds[layer], graphdef, jax.tree.structure(state), jax.tree.leaves(state)
+
+    spans: list[range] = []  # of the first part
+    for layer in range(size):
+        if spans and blueprint(layer) == blueprint(layer - 1):
+            spans[-1] = range(spans[-1].start, layer + 1)
         else:
-            found.append(Run(kind, layer, 1))
-        previous = this
-    return tuple(found)
+            spans.append(range(layer, layer + 1))
+    for layer in range(size, config.depth):
+        if blueprint(layer) != blueprint(layer % size):
+            raise ValueError(
+                f"pipe={stages} with rounds={rounds} makes parts of {size} blocks, which must be "
+                f"alike: block {layer} ({_name(kinds[layer])}) is not like block {layer % size} "
+                f"({_name(kinds[layer % size])})"
+            )
+    parts = [turn * stages + stage for stage in range(stages) for turn in range(rounds)]
+    return tuple(
+        Run(kinds[span.start], tuple(part * size + layer for part in parts for layer in span))
+        for span in spans
+    )
+
+
+def _name(kind: Kind) -> str:
+    return kind.mixer if kind.mlp == "none" else f"{kind.mixer}+{kind.mlp}"
 
 
 def _build(config: LMConfig, kind: Kind, layer: int, key: Array | int = 0) -> Block:
@@ -112,17 +140,17 @@ def _build(config: LMConfig, kind: Kind, layer: int, key: Array | int = 0) -> Bl
 @functools.lru_cache(maxsize=256)
 def _drawer(config: LMConfig, run: Run):
     """The compiled function from a key to the variables of a run, with a leading layer axis."""
-    layers = range(run.start, run.start + run.length)
+    layers = run.layers
 
     def parameters(key):
-        return nnx.split(_build(config, run.kind, run.start, key), nnx.Param, ...)[1]
+        return nnx.split(_build(config, run.kind, layers[0], key), nnx.Param, ...)[1]
 
     def others(layer):
         return nnx.split(_build(config, run.kind, layer), nnx.Param, ...)[2]
 
     def draw(key):
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.array(layers, jnp.uint32))
-        each = [others(run.start)]
+        each = [others(layers[0])]
         if jax.tree.leaves(each):  # the parameters that these blocks also have are dead code
             each += [others(layer) for layer in layers[1:]]
         # map, not vmap: random bits are what takes long to compile here, and vmap doubles it
@@ -137,4 +165,4 @@ def stack(config: LMConfig, run: Run, key: Array) -> Block:
     Parameters are drawn for all layers at once: their distributions may depend on the number of
     layers, not on the layer. All else, such as decays by depth, is built layer by layer.
     """
-    return nnx.merge(abstract(config, run.kind, run.start)[0], *_drawer(config, run)(key))
+    return nnx.merge(abstract(config, run.kind, run.layers[0])[0], *_drawer(config, run)(key))

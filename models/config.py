@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from dataclasses import field
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
+
+import tyro
 
 from ..layers.aaren import AarenConfig
 from ..layers.attention import AttentionConfig
@@ -48,6 +50,9 @@ class LMConfig:
     """Compute dtype; decays, norms' statistics, states, logits and the loss stay float32."""
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Dtype in which parameters are kept."""
+    pipeline: Annotated[tuple[int, int], tyro.conf.Suppress] = (1, 1)
+    """Stages, and parts of the model in each, that the blocks are stacked for; no flag, for it
+    follows from --mesh and --schedule.rounds."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
     loss_chunk: int = 0

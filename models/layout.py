@@ -36,8 +36,8 @@ def by_layer(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
             continue
         for index, run in enumerate(runs(config)):
             for path, stacked in _flatten(tree.get(index, {})).items():
-                for i in range(run.length):
-                    flat[f"layers.{run.start + i}.{path}"] = stacked[i]
+                for i, layer in enumerate(run.layers):
+                    flat[f"layers.{layer}.{path}"] = stacked[i]
     return flat
 
 
@@ -57,9 +57,9 @@ def from_layers(config: LMConfig, flat: dict[str, Any]) -> dict[str, Any]:
             _put(params, name.split("."), leaf)
     for index, run in enumerate(runs(config)):
         params["blocks"][index] = {}
-        first = f"layers.{run.start}."
+        first = f"layers.{run.layers[0]}."
         for path in [name.removeprefix(first) for name in shapes if name.startswith(first)]:
-            leaves = [flat[f"layers.{run.start + i}.{path}"] for i in range(run.length)]
+            leaves = [flat[f"layers.{layer}.{path}"] for layer in run.layers]
             _put(params["blocks"][index], path.split("."), jnp.stack(leaves))
     return params
 

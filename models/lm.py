@@ -1,12 +1,14 @@
 """A decoder-only language model: embedding, blocks, norm, head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..layers.linear import Linear, flat_dot_general
-from ..sharding import mesh, vocabulary
+from ..sharding import mesh, pipeline, schedule, vocabulary
 from .block import abstract, norm, runs, stack
 from .config import LMConfig
 
@@ -31,7 +33,8 @@ class LM(nnx.Module):
         rows = -(-config.vocab // config.vocab_multiple) * config.vocab_multiple
         init = jax.nn.initializers.normal(config.init_std)
         self.embedding = nnx.Param(init(rngs.params(), (rows, config.width), dtype))
-        self.blocks = nnx.List([stack(config, run, rngs.params()) for run in runs(config)])
+        key = rngs.params()
+        self.blocks = nnx.List([stack(config, run, key) for run in runs(config)])
         self.norm = norm(config, rngs)
         self.head = nnx.data(None)
         if not config.tie_head:
@@ -75,12 +78,13 @@ class LM(nnx.Module):
 
     def init_state(self, batch: int, max_length: int) -> tuple:
         """The state before any token; caches have room for `max_length` tokens."""
-        dtype, states = jnp.dtype(self.config.dtype), []
+        dtype, states = jnp.dtype(self.config.dtype), {}
         for run in runs(self.config):
             # a mixer may read its variables' shapes, which are those of one layer here
-            block = nnx.merge(*abstract(self.config, run.kind, run.start))
-            states += [block.mixer.init_state(batch, max_length, dtype) for _ in range(run.length)]
-        return tuple(states)
+            mixer = nnx.merge(*abstract(self.config, run.kind, run.layers[0])).mixer
+            for layer in run.layers:
+                states[layer] = mixer.init_state(batch, max_length, dtype)
+        return tuple(states[layer] for layer in range(self.config.depth))
 
     def hidden(
         self,
@@ -103,18 +107,47 @@ class LM(nnx.Module):
         x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, stream)
-        x = mesh.constrain(x, mesh.ROWS, "seq")
-        states, aux = [], []
-        for run, stacked in zip(runs(config), self.blocks, strict=True):
-            given = None if state is None else state[run.start : run.start + run.length]
-            x, after, extra = self._run(stacked, run.length, x, given, reset)
-            states += after
-            aux.append(extra)
-        return self.norm(x), tuple(states), _join(aux)
+        x = mesh.constrain(x, mesh.ENDS, "seq")
+        order = [run.layers for run in runs(config)]
+        if state is not None:
+            state = [_stack([state[layer] for layer in layers]) for layers in order]
+        structures, variables = zip(*map(nnx.split, self.blocks), strict=True)
+        if config.pipeline == (1, 1):
+            x, states, aux = self._part(structures, variables, x, state, reset)
+        else:
+            x, states, aux = self._pipeline(structures, variables, x, state, reset)
+        each = {}
+        for layers, after in zip(order, states, strict=True):
+            each |= {layer: _layer(after, i) for i, layer in enumerate(layers)}
+        return self.norm(x), tuple(each[layer] for layer in range(config.depth)), _join(order, aux)
 
-    def _run(self, stacked, length: int, x: Array, state: tuple | None, reset: Array | None):
-        """Scan over the layers of one run; returns a list of states, one a layer."""
-        graphdef, variables = nnx.split(stacked)
+    def _pipeline(self, structures, variables, x: Array, state: list | None, reset: Array | None):
+        how, (stages, rounds) = schedule.in_force(), self.config.pipeline
+        if mesh.size("pipe") != stages:
+            raise ValueError(
+                f"blocks stacked for pipe={stages} on a mesh of pipe={mesh.size('pipe')}"
+            )
+
+        def part(variables, x, state, reset):
+            x, after, aux = self._part(structures, variables, x, state, reset)
+            return x, None if state is None else after, aux
+
+        many = {"rounds": rounds, "microbatches": how.microbatches or stages}
+        x, after, aux = pipeline.run(part, variables, x, state, reset, **many)
+        return x, [None] * len(structures) if after is None else after, aux
+
+    def _part(self, structures, variables, x: Array, state: list | None, reset: Array | None):
+        """Run after run; states and auxiliary values of each lead with its layers."""
+        state, after, aux = state or [None] * len(structures), [], []
+        for run in zip(structures, variables, state, strict=True):
+            x, one, extra = self._run(*run, x, reset)
+            after.append(one)
+            aux.append(extra)
+        return x, after, aux
+
+    def _run(self, graphdef, variables, state: Any, x: Array, reset: Array | None):
+        """Scan over the layers of one run."""
+        length = jax.tree.leaves(variables)[0].shape[0]
 
         def body(x, layer):
             variables, state = layer
@@ -125,13 +158,10 @@ class LM(nnx.Module):
             # the scan already keeps the recomputation from being merged with the first one
             body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=length == 1)
         if length == 1:
-            layer = jax.tree.map(lambda p: p[0], variables), None if state is None else state[0]
-            x, (after, aux) = body(x, layer)
-            return x, [after], jax.tree.map(lambda a: a[None], aux)
-        if state is not None:
-            state = jax.tree.map(lambda *s: jnp.stack(s), *state)
+            x, rest = body(x, _layer((variables, state), 0))
+            return x, *jax.tree.map(lambda a: a[None], rest)
         x, (after, aux) = jax.lax.scan(body, x, (variables, state))
-        return x, [jax.tree.map(lambda s, i=i: s[i], after) for i in range(length)], aux
+        return x, after, aux
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """The head, accumulated and returned in at least float32."""
@@ -150,7 +180,18 @@ def _logits(x, weight):
     return flat_dot_general(x, weight.astype(x.dtype), dimensions, **kinds)
 
 
-def _join(aux: list[dict[str, Array]]) -> dict[str, Array]:
-    """Auxiliary values of all runs, one entry a layer that has them."""
-    names = dict.fromkeys(name for each in aux for name in each)
-    return {name: jnp.concatenate([a[name] for a in aux if name in a]) for name in names}
+def _stack(layers: list) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def _layer(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _join(order: list[tuple[int, ...]], aux: list[dict[str, Array]]) -> dict[str, Array]:
+    """Auxiliary values of all runs, one entry a layer that has them, in the layers' order."""
+    found: dict[str, dict[int, Array]] = {}
+    for layers, each in zip(order, aux, strict=True):
+        for name, values in each.items():
+            found.setdefault(name, {}).update(zip(layers, values, strict=True))
+    return {name: jnp.stack([v for _, v in sorted(one.items())]) for name, one in found.items()}

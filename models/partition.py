@@ -53,13 +53,16 @@ def specs(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
         kind = runs(config)[int(names[1])].kind
         roles = {"mixer": kind.mixer, "mlp": kind.mlp}
         name = ".".join(roles.get(part, part) for part in names[2:])
-        return P(None, *rules.match(RULES, name))
+        return P("pipe", *rules.match(RULES, name))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def shardings(config: LMConfig, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`specs` on a mesh. Raises ValueError for a size that does not divide over its axis."""
+    stages = mesh.shape["pipe"]
+    if config.pipeline[0] != stages:
+        raise ValueError(f"blocks stacked for pipe={config.pipeline[0]} on a mesh of pipe={stages}")
     tree = specs(config, params)
 
     def one(path, leaf, spec):

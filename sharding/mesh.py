@@ -6,6 +6,7 @@ Every mesh has all axes, those that are not named with one device, so that a Par
     fsdp      rows, and parameters between their uses
     seq       time
     tensor    heads, features and the vocabulary
+    pipe      blocks; rows outside of them
 
 The axes are Auto: XLA places what no constraint or shard_map does.
 """
@@ -17,8 +18,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES: tuple[str, ...] = ("data", "fsdp", "seq", "tensor")
-ROWS = ("data", "fsdp")  # the axes that a batch's rows lie over
+AXES: tuple[str, ...] = ("pipe", "data", "fsdp", "seq", "tensor")
+ROWS = ("data", "fsdp")  # the axes that a batch's rows lie over inside a block
+ENDS = (*ROWS, "pipe")  # and outside: the embedding and the loss are shared by all stages
 
 
 def parse(text: str) -> dict[str, int]:
@@ -74,11 +76,14 @@ def size(*axes: str) -> int:
 
 
 def several() -> bool:
-    """Whether a mesh of `make`, of more than one device, is in force and not yet in shard_map."""
+    """Whether a mesh of `make` is in force, with several devices that no shard_map has taken."""
+    return set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names) and size(*free()) > 1
+
+
+def free() -> list[str]:
+    """The axes of the mesh in force that no shard_map around here has taken."""
     current = jax.sharding.get_abstract_mesh()
-    if not set(AXES) <= set(current.axis_names) or current.manual_axes:
-        return False  # another program's mesh, or already one device's part
-    return size(*AXES) > 1
+    return [axis for axis in current.axis_names if axis not in current.manual_axes]
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
@@ -96,17 +101,19 @@ def divide(what: str, number: int, *axes: str) -> None:
         raise ValueError(f"{what}={refusal(number, {axis: size(axis) for axis in axes})}")
 
 
-def refusal(number: int, sizes: dict[str, int]) -> str:
+def refusal(number: int, sizes: dict[str, int], what: str = "devices") -> str:
     """That a number does not divide over axes of these sizes, and the nearest that would."""
     parts = math.prod(sizes.values())
     over = " x ".join(f"{axis}={devices}" for axis, devices in sizes.items() if devices > 1)
     below = number // parts * parts
     near = f"{below} or {below + parts}" if below else f"{parts}"
-    return f"{number} does not divide over {over} devices; {near} would"
+    return f"{number} does not divide over {over} {what}; {near} would"
 
 
-def check(rows: int, time: int, heads: int = 0, what: str = "heads") -> None:
+def check(
+    rows: int, time: int, heads: int = 0, what: str = "heads", over: Sequence[str] = ROWS
+) -> None:
     """Raise a ValueError that names the first size that does not divide over its axes."""
-    divide("rows", rows, *ROWS)
+    divide("rows", rows, *over)
     divide("length", time, "seq")
     divide(what, heads, "tensor")

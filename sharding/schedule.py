@@ -22,12 +22,22 @@ class Schedule:
     """Softmax attention over the axis seq: keys and values gathered (LASP-2H), sent round a ring,
     queries and their partial results sent round it (TokenRing), or heads exchanged for time by
     all-to-all (Ulysses)."""
+    microbatches: int = 0
+    """Equal parts of a batch's rows that follow each other through the stages of the axis pipe, a
+    multiple of its devices; 0: as many. A stage is idle for (pipe - 1) / (rounds x microbatches) of
+    the time that it works."""
+    rounds: int = 1
+    """How often a microbatch goes round the axis pipe, through as many parts of each stage
+    (Megatron-LM's interleaved schedule): less idle time, more exchanges."""
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
             value, known = getattr(self, each.name), get_args(each.type)
             if known and value not in known:
                 raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
+        for name, least in (("microbatches", 0), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
 
 
 PLAIN = Schedule()

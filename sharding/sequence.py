@@ -116,8 +116,14 @@ HEADS = P(mesh.ROWS, "seq", "tensor")  # (B, T, H, ...)
 
 
 def manual(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """shard_map over the mesh in force, all its axes."""
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    """shard_map over the mesh in force, all its axes that are not taken yet."""
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(mesh.free()),
+        check_vma=False,
+    )
 
 
 def run_window(

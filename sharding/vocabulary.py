@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from . import mesh
-from .sequence import TIME, manual
+from .sequence import manual
 
 WORDS = P("tensor")  # tables (V, D)
+TOKENS = P(mesh.ENDS, "seq")  # arrays (B, T, ...)
 
 
 def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -23,7 +24,7 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
     known = (ids >= 0) & (ids < table.shape[0])
     if not mesh.several():
         return jnp.take(table, jnp.where(known, ids, table.shape[0]), axis=0, mode="fill")
-    mesh.check(*ids.shape, table.shape[0], "vocabulary")
+    mesh.check(*ids.shape, table.shape[0], "vocabulary", mesh.ENDS)
     whole = mesh.size("tensor") == 1
 
     def local(table, ids):
@@ -32,7 +33,7 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
         rows = jnp.where(here[..., None], jnp.take(table, jnp.where(here, mine, 0), axis=0), 0)
         return rows if whole else jax.lax.psum(rows, "tensor")
 
-    rows = manual(local, (WORDS, TIME), TIME)(table, ids)
+    rows = manual(local, (WORDS, TOKENS), TOKENS)(table, ids)
     return jnp.where(known[..., None], rows, jnp.nan)
 
 
@@ -58,7 +59,7 @@ def nll(
         axis = "tensor" if mesh.size("tensor") > 1 else None
         return _spans(project, weight, hidden, targets, vocab, chunk, axis)
 
-    return manual(local, (P(None, "tensor"), TIME, TIME), TIME)(weight, hidden, targets)
+    return manual(local, (P(None, "tensor"), TOKENS, TOKENS), TOKENS)(weight, hidden, targets)
 
 
 def _spans(project, weight, hidden, targets, vocab, chunk, axis):

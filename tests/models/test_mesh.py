@@ -84,7 +84,7 @@ def test_every_parameter_has_its_place():
     tree = specs(ALL, params)
     places = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jax.P))
     named = {axis for spec in places for axis in spec}
-    assert named == {None, "fsdp", "tensor", ("tensor", "fsdp")}
+    assert named == {None, "fsdp", "tensor", "pipe", ("tensor", "fsdp")}
     with pytest.raises(ValueError, match=r"no rule says where the parameter gla.other lies"):
         specs(ALL, {"blocks": {0: {"mixer": {"other": jnp.zeros(3, jnp.float32)}}}})
     with pytest.raises(ValueError, match=r": 16 does not divide over tensor=3 devices; 15 or 18"):

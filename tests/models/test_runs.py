@@ -23,14 +23,14 @@ def _block(config, kind, layer):
 @pytest.mark.parametrize("mixer", sorted(MIXERS.keys() - {"lightning"}))
 def test_equal_blocks_are_one_run(mixer):
     config = dataclasses.replace(TINY, pattern=f"{mixer}+swiglu", mamba2=_mamba2())
-    assert [(run.start, run.length) for run in runs(config)] == [(0, 4)]
+    assert [run.layers for run in runs(config)] == [(0, 1, 2, 3)]
 
 
 def test_blocks_that_differ_stand_outside():
     lightning = dataclasses.replace(TINY, pattern="lightning+glu")  # LRPE in block 0 only
-    assert [(run.start, run.length) for run in runs(lightning)] == [(0, 1), (1, 3)]
+    assert [run.layers for run in runs(lightning)] == [(0,), (1, 2, 3)]
     mixed = dataclasses.replace(TINY, pattern="gla+swiglu,gla+gelu*2,gla+none")
-    assert [(run.start, run.length) for run in runs(mixed)] == [(0, 1), (1, 2), (3, 1)]
+    assert [run.layers for run in runs(mixed)] == [(0,), (1, 2), (3,)]
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
@@ -59,10 +59,10 @@ def test_a_run_is_its_blocks_one_after_another():
         model = merge(graphdef, params, rest)
         x = model.embedding[...][tokens]
         for run, stacked in zip(runs(config), model.blocks, strict=True):
-            for i in range(run.length):
+            for i, layer in enumerate(run.layers):
                 block_def, variables = nnx.split(stacked)
                 block = nnx.merge(block_def, jax.tree.map(lambda p, i=i: p[i], variables))
-                expected = _block(config, run.kind, run.start + i).mixer.log_decay[...]
+                expected = _block(config, run.kind, layer).mixer.log_decay[...]
                 block.mixer.log_decay[...] = expected
                 x, _, aux = block(x)
                 assert aux == {}
