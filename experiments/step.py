@@ -97,7 +97,7 @@ def compiled(
         )
         return metrics, stream
 
-    everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ROWS, "seq")
+    everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ENDS, "seq")
     blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0))
     params = task.shardings(blank["params"], over)
     places = jax.tree.map(lambda _: everywhere, blank)
@@ -136,7 +136,7 @@ def make_step(
             return (grads, sums), stream
 
         batches = jax.tree.map(
-            lambda x: mesh.constrain(x, None, mesh.ROWS, "seq"), split_rows(batch, parts)
+            lambda x: mesh.constrain(x, None, mesh.ENDS, "seq"), split_rows(batch, parts)
         )
         if parts == 1:
             one = jax.tree.map(lambda x: x[0], (batches, state["stream"]))

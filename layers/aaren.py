@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ..kernels.monoid import LOWEST
 from ..sharding.ops import fixed_query
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 
 State = dict[str, Array]
 
@@ -71,10 +71,11 @@ class Aaren(nnx.Module):
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
         q = rearrange(self.q(self.token[...]), "(h k) -> h k", h=self.heads)
-        k, v = (rearrange(f(x), "b t (h k) -> b t h k", h=self.heads) for f in (self.k, self.v))
+        _, *kv = columns(x, self.k, self.v)
+        k, v = (rearrange(y, "b t (h k) -> b t h k", h=self.heads) for y in kv)
         carried = None if state is None else (state["m"], state["u"], state["w"])
         y, (m, u, w) = fixed_query(q, k, v, state=carried, reset=reset)
-        return self.out(rearrange(y, "b t h v -> b t (h v)")), {"m": m, "u": u, "w": w}
+        return rows(self.out, rearrange(y, "b t h v -> b t (h v)")), {"m": m, "u": u, "w": w}
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
         """The state before any token; its size does not depend on `max_length`."""

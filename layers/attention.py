@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding.ops import attention, positions
 from . import cache
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .position import rotary_angles, rotary_frequencies, rotate_half
 
 State = dict[str, Array]
@@ -98,10 +98,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T W"], State | None]:
         start = None if state is None else state["length"] - state["start"]
         index, following = positions(x.shape[1], start, reset)
-        q, k, v = (
-            rearrange(project(x), "b t (h k) -> b t h k", k=self.head_width)
-            for project in (self.q, self.k, self.v)
-        )
+        _, *qkv = columns(x, self.q, self.k, self.v)
+        q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.head_width) for y in qkv)
         if self.config.rope_base is not None:
             exact = jnp.promote_types(jnp.float32, self.dtype)
             frequencies = rotary_frequencies(self.head_width, self.config.rope_base, exact)
@@ -111,7 +109,7 @@ class Attention(nnx.Module):
             y = cast(Array, attention(q, k, v, window=self.config.window, reset=reset))
         else:
             y, state = self._cached(q, k, v, index, following, state)
-        return self.out(rearrange(y, "b t h v -> b t (h v)")), state
+        return rows(self.out, rearrange(y, "b t h v -> b t (h v)")), state
 
     def _cached(self, q, k, v, position, following, state):
         """Attend over the ring and the new tokens, which then stay in it."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .norm import RMSNorm
 
 
@@ -102,7 +102,8 @@ class GLA(nnx.Module):
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         before = state or {"S": None}
-        qkv, after = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}, {}
+        x, *qkv, gate = columns(x, self.q, self.k, self.v, self.gate)
+        qkv, after = dict(zip("qkv", qkv, strict=True)), {}
         for name, conv in self.conv.items():
             y, after[f"conv_{name}"] = conv(qkv[name], before.get(f"conv_{name}"), reset)
             qkv[name] = jax.nn.silu(y)
@@ -119,7 +120,7 @@ class GLA(nnx.Module):
             q * self.key**-0.5, k, v, log_decay, state=before["S"], reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        return self.out(y * jax.nn.silu(self.gate(x).astype(self.exact))), after
+        return rows(self.out, y * jax.nn.silu(gate.astype(self.exact))), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

@@ -16,7 +16,7 @@ from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .norm import RMSNorm, SimpleRMSNorm
 
 
@@ -96,7 +96,8 @@ class Lightning(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        q, k, v, after = jax.nn.silu(self.q(x)), jax.nn.silu(self.k(x)), self.v(x), {}
+        _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
+        q, k, after = jax.nn.silu(q), jax.nn.silu(k), {}
         if self.config.silu_values:
             v = jax.nn.silu(v)
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.size) for y in (q, k, v))
@@ -110,10 +111,10 @@ class Lightning(nnx.Module):
         y, after["S"] = linear_attention(
             q, k, v, self.log_decay[...], state=None if state is None else state["S"], reset=reset
         )
-        gate = self.gate(x).astype(self.exact)
+        gate = gate.astype(self.exact)
         if self.config.sigmoid_gate:
             gate = jax.nn.sigmoid(gate)
-        return self.out(self.norm(rearrange(y, "b t h v -> b t (h v)")) * gate), after
+        return rows(self.out, self.norm(rearrange(y, "b t h v -> b t (h v)")) * gate), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

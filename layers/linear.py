@@ -3,10 +3,11 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..sharding import mesh
+from ..sharding import matmul, mesh
 
 
 def flat_dot_general(
@@ -28,3 +29,31 @@ def flat_dot_general(
 
 # float32 inputs mean float32 products on every backend, whatever its default is.
 Linear = partial(nnx.Linear, precision="highest", dot_general=flat_dot_general)
+
+
+def columns(x: Float[Array, "... D"], *linears: nnx.Linear) -> list[Array]:
+    """[x, linear(x), ...]: projections into heads or hidden features, with one exchange for all."""
+    if not matmul.rings(x):
+        return [x, *(linear(x) for linear in linears)]
+    kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
+    x, found = matmul.by_columns(_product, x.astype(linears[0].dtype), kernels)
+    return [x, *(_biased(linear, y) for linear, y in zip(linears, found, strict=True))]
+
+
+def rows(linear: nnx.Linear, y: Float[Array, "... F"]) -> Float[Array, "... D"]:
+    """linear(y): the projection back into the residual stream."""
+    if not matmul.rings(y):
+        return linear(y)
+    y = matmul.by_rows(_product, y.astype(linear.dtype), linear.kernel[...].astype(linear.dtype))
+    return _biased(linear, y.astype(linear.dtype))
+
+
+def _product(x, kernel):
+    dimensions = ((x.ndim - 1,), (0,)), ((), ())
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    kinds = {"precision": "highest", "preferred_element_type": exact}
+    return jax.lax.dot_general(x, kernel, dimensions, **kinds)
+
+
+def _biased(linear, y):
+    return y if linear.bias is None else y + linear.bias[...].astype(y.dtype)

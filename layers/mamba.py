@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding.ops import selective_scan
 from .conv import ShortConv
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .norm import RMSNorm, rms_norm
 
 State = dict[str, Array]
@@ -96,14 +96,15 @@ class Mamba(nnx.Module):
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
         window, h = (None, None) if state is None else (state["conv"], state["S"])
-        u, window = self.conv(self.x(x), window, reset)
+        _, u, z = columns(x, self.x, self.z)
+        u, window = self.conv(u, window, reset)
         u = jax.nn.silu(u)
         dt, B, C = self._normed(self.dt_down(u), self.B(u), self.C(u))
         exact = jnp.promote_types(jnp.float32, self.dtype)
         delta = jax.nn.softplus(self.dt_up(dt).astype(exact) + self.dt_bias[...].astype(exact))
         A = -jnp.exp(self.A_log[...].astype(exact))
         y, h = selective_scan(u, delta, A, B, C, D=self.D[...], state=h, reset=reset)
-        return self.out(y * jax.nn.silu(self.z(x))), {"conv": window, "S": h}
+        return rows(self.out, y * jax.nn.silu(z)), {"conv": window, "S": h}
 
     def _normed(self, dt, B, C):
         if self.config.norm == "none":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .mamba import dt_bias
 from .norm import rms_norm
 
@@ -105,24 +105,26 @@ class Mamba2(nnx.Module):
         config, carried = self.config, state or {}
         exact = jnp.promote_types(jnp.float32, self.dtype)
 
-        def mixed(project, conv, name, heads):
-            y, window = conv(project(x), carried.get(name), reset)
+        x, u, z, dt = columns(x, self.x, self.z, self.dt)
+
+        def mixed(y, conv, name, heads):
+            y, window = conv(y, carried.get(name), reset)
             return rearrange(jax.nn.silu(y), "b t (h k) -> b t h k", h=heads), window
 
-        u, x_window = mixed(self.x, self.x_conv, "x_conv", self.heads)
-        B, B_window = mixed(self.B, self.B_conv, "B_conv", config.groups)
-        C, C_window = mixed(self.C, self.C_conv, "C_conv", config.groups)
-        dt = jax.nn.softplus(self.dt(x).astype(exact) + self.dt_bias[...].astype(exact))
+        u, x_window = mixed(u, self.x_conv, "x_conv", self.heads)
+        B, B_window = mixed(self.B(x), self.B_conv, "B_conv", config.groups)
+        C, C_window = mixed(self.C(x), self.C_conv, "C_conv", config.groups)
+        dt = jax.nn.softplus(dt.astype(exact) + self.dt_bias[...].astype(exact))
         dt = jnp.clip(dt, *config.dt_limit)
         log_decay = -dt * jnp.exp(self.A_log[...].astype(exact))
         v = (dt[..., None] * u.astype(exact)).astype(u.dtype)
         y, S = linear_attention(C, B, v, log_decay, state=carried.get("S"), reset=reset)
         y = y.astype(exact) + self.D[...].astype(exact)[:, None] * u.astype(exact)
-        y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(self.z(x).astype(exact))
+        y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(z.astype(exact))
         y = rms_norm(rearrange(y, "b t (g d) -> b t g d", g=config.groups), config.norm_eps)
         y = rearrange(y, "b t g d -> b t (g d)") * self.scale[...].astype(exact)
         state = {"x_conv": x_window, "B_conv": B_window, "C_conv": C_window, "S": S}
-        return self.out(y.astype(self.dtype)), state
+        return rows(self.out, y.astype(self.dtype)), state
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
         """The state before any token; its size does not depend on `max_length`."""

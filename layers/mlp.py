@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class GLU(nnx.Module):
         self.down = make(hidden, width, last=True)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        _, gate, up = columns(x, self.gate, self.up)
+        return rows(self.down, self.activation(gate) * up)
 
     def activation(self, x: Array) -> Array:
         return x
@@ -89,7 +90,8 @@ class GELU(nnx.Module):
         self.tanh = config.tanh
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=self.tanh))
+        _, up = columns(x, self.up)
+        return rows(self.down, jax.nn.gelu(up, approximate=self.tanh))
 
 
 def _projections(config, depth, dtype, param_dtype, rngs):

@@ -15,7 +15,7 @@ from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
 from .depth import ONLY, Depth
-from .linear import Linear
+from .linear import Linear, columns, rows
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import rotary_angles, rotate_half, rotate_interleaved
 
@@ -112,8 +112,9 @@ class Retention(nnx.Module):
         index, position = positions(time, start, reset)
         angle = rotary_angles(index, self.frequencies[...])
         rotate = rotate_interleaved if self.config.interleaved else rotate_half
-        q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.key) for y in (self.q(x), self.k(x)))
-        v = rearrange(self.v(x), "b t (h v) -> b t h v", v=self.value)
+        _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
+        q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.key) for y in (q, k))
+        v = rearrange(v, "b t (h v) -> b t h v", v=self.value)
         q, k = rotate(q, angle), rotate(k, angle)
         if self.config.scale_keys:
             k = k * self.key**-0.5
@@ -123,7 +124,7 @@ class Retention(nnx.Module):
             q, k, v, self.log_decay[...], state=None if state is None else state["S"], reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        y = self.out(y * jax.nn.silu(self.gate(x).astype(self.exact)))
+        y = rows(self.out, y * jax.nn.silu(gate.astype(self.exact)))
         return y, {"S": S, "position": position}
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..layers.linear import Linear, flat_dot_general
-from ..sharding import mesh, pipeline, schedule, vocabulary
+from ..sharding import matmul, mesh, pipeline, schedule, vocabulary
 from .block import abstract, norm, runs, stack
 from .config import LMConfig
 
@@ -107,7 +107,7 @@ class LM(nnx.Module):
         x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, stream)
-        x = mesh.constrain(x, mesh.ENDS, "seq")
+        x = mesh.constrain(x, mesh.ENDS, matmul.stream(x))
         order = [run.layers for run in runs(config)]
         if state is not None:
             state = [_stack([state[layer] for layer in layers]) for layers in order]
@@ -152,7 +152,7 @@ class LM(nnx.Module):
         def body(x, layer):
             variables, state = layer
             x, state, aux = nnx.merge(graphdef, variables)(x, state, reset)
-            return mesh.constrain(x, mesh.ROWS, "seq"), (state, aux)
+            return mesh.constrain(x, mesh.ROWS, matmul.stream(x)), (state, aux)
 
         if self.config.remat != "none":
             # the scan already keeps the recomputation from being merged with the first one

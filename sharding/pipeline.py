@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from . import mesh
+from . import matmul, mesh
 
 ROUND = "the weights of one round"  # what the backward pass takes out of its stack again
 
@@ -135,4 +135,5 @@ def run(
         axis_names={"pipe"},
         check_vma=False,
     )(weights, x, state, reset)
-    return mesh.constrain(joined(y, 0), mesh.ENDS, "seq"), state, aux
+    y = joined(y, 0)
+    return mesh.constrain(y, mesh.ENDS, matmul.stream(y)), state, aux

@@ -22,6 +22,9 @@ class Schedule:
     """Softmax attention over the axis seq: keys and values gathered (LASP-2H), sent round a ring,
     queries and their partial results sent round it (TokenRing), or heads exchanged for time by
     all-to-all (Ulysses)."""
+    matmul: Literal["plain", "ring"] = "plain"
+    """Products over the axis tensor: what they exchange before or after them, or in blocks that go
+    round while they compute (collective matmul), the residual stream over tensor too."""
     microbatches: int = 0
     """Equal parts of a batch's rows that follow each other through the stages of the axis pipe, a
     multiple of its devices; 0: as many. A stage is idle for (pipe - 1) / (rounds x microbatches) of
@@ -38,6 +41,15 @@ class Schedule:
         for name, least in (("microbatches", 0), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
+
+    def check(self, sizes: dict[str, int]) -> None:
+        """Raise a ValueError for a choice that these sizes of a mesh's axes leave no use for."""
+        uses = {"states": "seq", "attention": "seq", "matmul": "tensor"}
+        uses |= {"microbatches": "pipe", "rounds": "pipe"}
+        for name, axis in uses.items():
+            value = getattr(self, name)
+            if value != getattr(PLAIN, name) and sizes[axis] == 1:
+                raise ValueError(f"schedule.{name}={value} is for a mesh with {axis}=2 or more")
 
 
 PLAIN = Schedule()

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ...sharding.schedule import Schedule
+
 Batch = dict[str, np.ndarray]
 Metrics = dict[str, Any]
 
@@ -25,6 +27,10 @@ class Task(Protocol):
 
     def check(self) -> None:
         """Read what the flags name; raise a ValueError that says what is wrong with them."""
+        ...
+
+    def on(self, over: Mesh, how: Schedule) -> "Task":
+        """This task with its model laid out for a mesh and a schedule; ValueError if it cannot."""
         ...
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:

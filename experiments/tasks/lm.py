@@ -15,8 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ...models import LM, LMConfig, by_layer, decayed, from_layers
+from ...models.block import runs
 from ...models.partition import shardings
 from ...models.pattern import parse
+from ...sharding.schedule import Schedule
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
 from ..sampling import Choice, Generator
@@ -69,6 +71,12 @@ class LMTask:
             raise ValueError(
                 f"model.vocab={self.model.vocab}, but the corpus has {self.corpus.vocab} tokens"
             )
+
+    def on(self, over: Mesh, how: Schedule) -> "LMTask":
+        stages = over.shape["pipe"]
+        model = dataclasses.replace(self.model, pipeline=(stages, how.rounds))
+        runs(model)  # says whether the stages are alike
+        return dataclasses.replace(self, model=model)
 
     def build(self, rngs: nnx.Rngs) -> LM:
         return LM(self.model, rngs=rngs)

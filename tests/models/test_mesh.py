@@ -16,7 +16,8 @@ from scanax.layers.mamba2 import Mamba2Config
 from scanax.layers.mlp import MLPConfig
 from scanax.models import LM, LMConfig, merge, split
 from scanax.models.partition import shardings, specs
-from scanax.sharding import mesh
+from scanax.sharding import mesh, schedule
+from scanax.sharding.schedule import PLAIN, Schedule
 from support.compare import close
 
 B, T = 8, 64
@@ -33,11 +34,12 @@ ALL = LMConfig(
 UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
 STATES = dataclasses.replace(ALL, depth=4, pattern="gla,mamba2+gelu,lightning+glu,aaren")
 CASES = {
-    "all over time": (ALL, "seq=8"),
-    "all over three": (ALL, "data=2,seq=2,tensor=2"),
-    "fsdp": (UNTIED, "fsdp=8"),
-    "heads and time": (UNTIED, "tensor=4,seq=2"),
-    "a state that goes on": (STATES, "data=2,seq=4"),
+    "all over time": (ALL, "seq=8", PLAIN),
+    "all over three": (ALL, "data=2,seq=2,tensor=2", Schedule(states="scan")),
+    "collective matmul": (ALL, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
+    "fsdp": (UNTIED, "fsdp=8", PLAIN),
+    "heads and time": (UNTIED, "tensor=4,seq=2", PLAIN),
+    "a state that goes on": (STATES, "data=2,seq=4", Schedule(states="ring")),
 }
 
 
@@ -62,7 +64,7 @@ def program(config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_nothing(case):
-    config, over = CASES[case]
+    config, over, how = CASES[case]
     params, both, model = program(config)
     carried = None
     if config is STATES:
@@ -70,7 +72,7 @@ def test_a_mesh_changes_nothing(case):
     expected = both(params, *data(), carried)
     made = mesh.make(over)
     placed = jax.device_put(params, shardings(config, params, made))
-    with jax.set_mesh(made):
+    with jax.set_mesh(made), schedule.using(how):
         rows = mesh.sharding(made, mesh.ROWS, "seq")
         (value, (nll, state)), grads = both(placed, *jax.device_put(data(), rows), carried)
     (true, (true_nll, true_state)), true_grads = expected
