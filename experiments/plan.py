@@ -3,8 +3,11 @@
 python -m scanax.experiments.plan mamba-1.4b --mesh fsdp=8 --rows 8 --length 2048
 python -m scanax.experiments.plan gla-340m --mesh seq=8 --rows 1 --length 16384
 
-The step is compiled for as many emulated devices and nothing is allocated. Memory is what XLA's
-CPU compiler plans; an accelerator's keeps activations in another layout and fuses more.
+python -m scanax.experiments.plan mamba-1.4b --mesh fsdp=64,data=4 --topology v5e:16x16 --rows 256
+
+The step is compiled for as many emulated devices and nothing is allocated. Memory is then what
+XLA's CPU compiler plans; an accelerator's keeps activations in another layout and fuses more. With
+--topology it is compiled by the TPU's own compiler for chips that need not be there.
 """
 
 import os
@@ -14,12 +17,14 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     del sys.path[0]  # this folder's files must not shadow installed libraries
 
 import dataclasses
+import importlib.util
 import math
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
+from jax.experimental import topologies
 from scanax.experiments import flags
 from scanax.experiments import step as steps
 from scanax.sharding import hlo, mesh
@@ -36,6 +41,10 @@ class PlanConfig:
     """Devices by axis, as data=2,seq=4; one device if empty."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How what lies over the mesh is exchanged."""
+    topology: str = ""
+    """TPUs to compile for, as v5e:4x4 or v5p:2x2x1 (extra `tpu-aot`); emulated CPUs if empty."""
+    dtype: str | None = None
+    """Compute dtype, as bfloat16; the preset's if None."""
     rows: int | None = None
     """Sequences a step; the preset's if None."""
     length: int | None = None
@@ -51,7 +60,8 @@ def main(args: list[str] | None = None) -> int:
         config = flags.parse(
             PlanConfig, None, sys.argv[1:] if args is None else args, "plan", about
         )
-        mesh.emulate(math.prod(mesh.parse(config.mesh).values()))
+        if not config.topology:
+            mesh.emulate(math.prod(mesh.parse(config.mesh).values()))
         for line in lines(plan(config)):
             print(line)
     except ValueError as error:
@@ -64,13 +74,14 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """Figures of one step, each a device's: bytes, floating-point operations, collectives."""
     task = flags.preset(config.preset).task
     model = task.model
-    if config.remat is not None:
-        model = dataclasses.replace(model, remat=config.remat)
+    for name in ("remat", "dtype"):
+        if getattr(config, name) is not None:
+            model = dataclasses.replace(model, **{name: getattr(config, name)})
     changed = {"rows": config.rows, "length": config.length}
     changed = {name: value for name, value in changed.items() if value is not None}
     task = dataclasses.replace(task, model=model, **changed)
     optimizer = flags.preset(config.preset).optimizer
-    over = mesh.make(config.mesh)
+    over = mesh.make(config.mesh, chips(config.topology))
     program, state = steps.abstract(task, optimizer, 1, over, config.schedule)
     shape = (task.rows, task.length)
     kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
@@ -79,7 +90,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         for name, kind in kinds.items()
     }
     rate = jax.ShapeDtypeStruct((), np.float32)
-    compiled = program.step.lower(state, program.rest, batch, rate).compile()
+    traced = program.step.trace(state, program.rest, batch, rate)
+    platforms = ("tpu",) if config.topology else None
+    compiled = traced.lower(lowering_platforms=platforms).compile()
     counted, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
     return {
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
@@ -88,11 +101,28 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "parameter_bytes": held(state["params"]),
         "optimizer_bytes": held(state["optimizer"]),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": counted.flops,
+        # a TPU's matrix products are convolutions of many shapes, which are not counted
+        "flops": None if config.topology else counted.flops,
         "unknown": counted.unknown,
         "calls": dict(counted.calls),
         "received_bytes": dict(counted.received),
     }
+
+
+def chips(topology: str) -> list[Any] | None:
+    """The devices of a TPU topology, or None for what JAX finds. ValueError if there is none."""
+    if not topology:
+        return None
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"topology={topology!r} needs the TPU's compiler: pip install 'scanax[tpu-aot]'"
+        )
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"topology={topology!r} is not one of libtpu's: {said}") from None
 
 
 def held(tree: Any) -> int:
@@ -115,8 +145,9 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  parameters          {size(found['parameter_bytes']):>12}",
         f"  optimizer state     {size(found['optimizer_bytes']):>12}",
         f"  activations, other  {size(found['temporary_bytes']):>12}",
-        f"  operations          {found['flops'] / 1e12:>9,.3f} T",
     ]
+    if found["flops"] is not None:
+        text.append(f"  operations          {found['flops'] / 1e12:>9,.3f} T")
     if found["unknown"]:
         text.append(f"  ({found['unknown']} loops depend on the data: counted as if they ran once)")
     for kind, calls in sorted(found["calls"].items()):

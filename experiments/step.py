@@ -21,6 +21,8 @@ State = dict[str, Any]  # params, optimizer, stream (what the model carries over
 class Program(NamedTuple):
     """Compiled functions, and the model's variables that are not trained."""
 
+    task: Task
+    """The task as it is laid out for the mesh."""
     graphdef: nnx.GraphDef
     rest: Any
     step: Any
@@ -71,6 +73,8 @@ def compiled(
     task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule
 ) -> tuple[Callable[..., Any], Program]:
     """start(key) -> (state, rest), and the program without its `rest`; compiled when called."""
+    how.check(dict(over.shape))
+    task = task.on(over, how)
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
     transform = adamw(config, task.decayed(nnx.to_pure_dict(shapes)))
 
@@ -107,7 +111,7 @@ def compiled(
     start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    return start, Program(graphdef, None, step, jax.jit(on_mesh(score)), places, rows)
+    return start, Program(task, graphdef, None, step, jax.jit(on_mesh(score)), places, rows)
 
 
 def make_step(

@@ -26,7 +26,7 @@ from scanax.experiments.config import TrainConfig, differences, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
 from scanax.experiments.step import Place, Program, State, build, like
-from scanax.experiments.tasks import Batch, Task
+from scanax.experiments.tasks import Batch
 from scanax.sharding import mesh, pipeline
 
 
@@ -35,8 +35,6 @@ class Run:
     """Where a run stands."""
 
     config: TrainConfig
-    task: Task
-    """The config's, laid out for the mesh."""
     program: Program
     state: State
     step: int = 0
@@ -102,16 +100,14 @@ def prepare(config: TrainConfig) -> Run:
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
     over = mesh.make(config.mesh)
-    config.schedule.check(dict(over.shape))
     with jax.set_mesh(over):
         mesh.check(rows // config.accumulate, time_steps, over=mesh.ENDS)
         if over.shape["pipe"] > 1:
             many = config.schedule.microbatches or over.shape["pipe"]
             pipeline.check(rows // config.accumulate, many)
-    task = task.on(over, config.schedule)
     optimizer, parts = config.optimizer, config.accumulate
     program, state = build(task, optimizer, config.seed, parts, over, config.schedule)
-    run = Run(config, task, program, state)
+    run = Run(config, program, state)
     if config.resume:
         restore(run)
     # traced here, once for all steps, so that a model that cannot run is known now
@@ -122,7 +118,7 @@ def prepare(config: TrainConfig) -> Run:
 
 def restore(run: Run) -> None:
     """Go on from a checkpoint of the run's folder; from the start if it was killed before one."""
-    config, task, params = run.config, run.task, run.state["params"]
+    config, task, params = run.config, run.program.task, run.state["params"]
     for change in differences(config, read(config.folder / "config.json")):
         if not change.startswith(("run is ", "resume is ", "step is ")):
             print(f"train: resuming with {change}", file=sys.stderr)
@@ -210,7 +206,7 @@ def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | No
     """A checkpoint of this step, unless it has one; log rows up to it are written first."""
     recorder.flush()
     if run.step != run.saved:
-        state = like(run.state, run.state["params"], run.task.by_layer)
+        state = like(run.state, run.state["params"], run.program.task.by_layer)
         saver.save(run.step, state, {"seconds": run.seconds}, metric=heldout)
         run.saved = run.step
 

@@ -26,6 +26,8 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str
+    """What stands between the parentheses: the value of a constant."""
 
 
 @dataclasses.dataclass
@@ -51,12 +53,17 @@ def count(text: str) -> Counts:
     partitions = re.search(r"num_partitions=(\d+)", text)
     everyone = int(partitions[1]) if partitions else 1
     by_device: dict[int, float] = collections.defaultdict(float)
+    chains: set[str] = set()
     for times, one, types in walk(computations, entry, 1):
         total.flops += times * flops(one, types)
-        total.unknown += one.opcode == "while" and "known_trip_count" not in one.attributes
+        total.unknown += one.opcode == "while" and trips(computations, one) is None
         kind = one.opcode.removesuffix("-start")
         if kind not in COLLECTIVES or group(one, everyone) == 1:
             continue
+        chain = re.search(r'chain_id="(\d+)"', one.attributes)  # on a TPU, pieces of one exchange
+        if chain and chain[1] in chains:
+            continue
+        chains |= {chain[1]} if chain else set()
         total.calls[kind] += times
         if kind == "collective-permute":  # each device may be a target or not
             pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
@@ -85,7 +92,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             opcode, _, rest = rest.partition("(")
             inside, attributes = balanced(rest)
             names = tuple(re.findall(r"%([\w.\-]+)", inside))
-            body.append(Instruction(item[1], kind, opcode.strip(), names, attributes))
+            body.append(Instruction(item[1], kind, opcode.strip(), names, attributes, inside))
     return computations, entry
 
 
@@ -116,8 +123,7 @@ def walk(
         yield times, one, types
         again = times
         if one.opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', one.attributes)
-            again = times * int(trips[1]) if trips else times
+            again = times * (trips(computations, one) or 1)
         if one.opcode in ("while", "fusion", "call", "async-start"):
             for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", one.attributes):
                 yield from walk(computations, called, again)
@@ -127,6 +133,24 @@ def walk(
             branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.attributes)
             work = [list(walk(computations, branch, again)) for branch in branches]
             yield from max(work, key=lambda w: sum(t * flops(i, ty) for t, i, ty in w))
+
+
+def trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+    """How often a loop runs: as XLA noted it, or while a counter from 0 is below a constant."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    body = computations.get(condition[1], []) if condition else []
+    constants = {one.name: one.literal for one in body if one.opcode == "constant"}
+    bounds = [
+        constants[one.operands[1]]
+        for one in body
+        if one.opcode == "compare"
+        and "direction=LT" in one.attributes
+        and one.operands[1] in constants
+    ]
+    return int(bounds[0]) if len(bounds) == 1 else None
 
 
 def arrays(kind: str) -> list[tuple[str, int]]:

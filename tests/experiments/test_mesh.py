@@ -62,3 +62,45 @@ def test_devices_are_emulated_by_a_flag(texts, tmp_path):
     done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "held-out bits per byte" in done.stdout
+
+
+def test_a_pipeline_trains_as_one_device_and_goes_on_without_one(texts, tmp_path):
+    """Its checkpoint is by layer, so that a run without stages takes it up to the bit."""
+    blocks = "--model.pattern gla --model.depth 4 "
+    losses = {}
+    for name, more in (("alone", []), ("staged", ["--mesh", "pipe=2,data=2", *ROUNDS])):
+        assert train.main([*args(texts, tmp_path / name, blocks), "--steps", "3", *more]) == 0
+        losses[name] = np.array([row["loss"] for row in metrics.read(tmp_path / name)])
+    close(losses["staged"], losses["alone"], 1e-5)
+    saved = {}
+    for mesh in ("pipe=2,data=2", ""):
+        how = ROUNDS if mesh else ["--schedule.rounds", "1", "--schedule.microbatches", "0"]
+        resume = ["--resume", "--run", str(tmp_path / "staged"), "--steps", "4", "--mesh", mesh]
+        run = train.prepare(flags.train([*resume, *how]))
+        saved[mesh] = run.program.task.by_layer(run.state["params"])
+    jax.tree.map(np.testing.assert_array_equal, *saved.values())
+
+
+ROUNDS = ["--schedule.rounds", "2", "--schedule.microbatches", "2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("--schedule.rounds 2", "schedule.rounds=2 is for a mesh with pipe=2 or more"),
+        (
+            "--mesh pipe=2 --model.pattern gla,mamba",
+            "pipe=2 with rounds=1 makes parts of 1 blocks, which must be alike: block 1 (mamba) is "
+            "not like block 0 (gla)",
+        ),
+        (
+            "--mesh pipe=2 --schedule.microbatches 3",
+            "microbatches=3 does not divide over pipe=2 devices; 2 or 4 would",
+        ),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_said_in_a_line(more, says, texts, tmp_path, capsys):
+    command = [*args(texts, tmp_path / "r", "--model.depth 2 "), *more.split(), "--steps", "1"]
+    assert train.main(command) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"train: {says}"
+    assert not (tmp_path / "r").exists()
