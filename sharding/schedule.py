@@ -19,9 +19,9 @@ class Schedule:
     """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P
     exchanges one after the other (for large states or many devices), or a ring of P - 1."""
     attention: Literal["gather", "ring", "token-ring", "ulysses"] = "gather"
-    """Softmax attention over the axis seq: keys and values gathered (LASP-2H), sent round a ring,
-    queries and their partial results sent round it (TokenRing), or heads exchanged for time by
-    all-to-all (Ulysses)."""
+    """Softmax attention over the axis seq: keys and values gathered (LASP-2H; a window gathers from
+    the devices that it reaches), sent round a ring, queries sent round it and their partial results
+    back (TokenRing), or heads exchanged for time by all-to-all (Ulysses)."""
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
