@@ -136,9 +136,9 @@ def around(ring: Ring, q, k, v, first, last):
     """(y, lse) of this device's queries; first and last are of the whole sequence's."""
     common = jnp.result_type(q, k, v)
     sides = (x.astype(common) for x in (q, k, v))
-    y, lse = _around(ring, *(relay(x) if ring.zigzag else x for x in sides), first, last)
-    y = y.astype(q.dtype)
-    return (relay(y, back=True), relay(lse, back=True)) if ring.zigzag else (y, lse)
+    out: Any = _around(ring, *(relay(x) if ring.zigzag else x for x in sides), first, last)
+    y, lse = (relay(x, back=True) if ring.zigzag else x for x in out)
+    return y.astype(q.dtype), lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,7 +153,7 @@ def _forward(ring, q, k, v, first, last):
         (q_j,), kv_j = (moving, (k, v)) if ring.queries else ((q,), moving)
         met = met_at(ring, j, first, last)
         part = kernels.attention(q_j, *kv_j, **met, return_lse=True, dtype=exact, **ring.call)
-        return SOFTMAX.combine(total, element(*(shift(part, j) if ring.queries else part)))
+        return SOFTMAX.combine(total, element(*shift(part, j if ring.queries else 0)))
 
     shape = *q.shape[:3], v.shape[3]
     nothing = element(jnp.zeros(shape, exact), jnp.full(shape[:3], -jnp.inf, exact))
