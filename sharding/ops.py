@@ -18,10 +18,10 @@ from ..kernels.linear_attention import summary as linear_summary
 from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX
 from ..kernels.selective_scan import summary as selective_summary
 from . import mesh
-from .sequence import HEADS, TIME, manual, run
+from .attention import attention as attention
+from .sequence import HEADS, TIME, grouped, run
 
 BY_HEAD = P(mesh.ROWS, "tensor")  # states (B, H, ...)
-CACHED = ("q_index", "q_start", "kv_index")  # what attention over a cache is given
 
 
 def linear_attention(
@@ -182,50 +182,3 @@ def positions(
         element=lambda count: count,
         value=lambda count: count,
     )
-
-
-def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S G K"],
-    v: Float[Array, "B S G V"],
-    *,
-    reset: Bool[Array, "B T"] | None = None,
-    **how: Any,
-) -> Any:
-    """`kernels.attention` on the mesh in force: keys and values gathered over time (LASP-2H)."""
-    if not mesh.several():
-        return kernels.attention(q, k, v, reset=reset, **how)
-    rows, time, heads = q.shape[:3]
-    if k.shape[1] != time or any(how.get(name) is not None for name in CACHED):
-        raise ValueError("attention with a state carried over does not run on a mesh yet")
-    if how.get("return_lse") or not how.get("causal", True):
-        raise ValueError("only causal attention, without its log-sum-exp, runs on a mesh yet")
-    mesh.check(rows, time, heads)
-    (k, v), specs = zip(*(grouped(x, heads) for x in (k, v)), strict=True)
-
-    def local(q, k, v, reset):
-        span = q.shape[1]
-        k, v = (jax.lax.all_gather(x, "seq", axis=1, tiled=True) for x in (k, v))
-        first = jax.lax.axis_index("seq") * span
-        index = jnp.broadcast_to(first + jnp.arange(span, dtype=jnp.int32), q.shape[:2])
-        start = None
-        if reset is not None:
-            every = jax.lax.all_gather(reset, "seq", axis=1, tiled=True)
-            start = jax.lax.dynamic_slice_in_dim(documents.starts(every), first, span, axis=1)
-        return kernels.attention(q, k, v, q_index=index, q_start=start, **how)
-
-    specs = (HEADS, *specs, None if reset is None else TIME)
-    return manual(local, specs, HEADS)(q, k, v, reset)
-
-
-def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
-    """x and how it lies over the axes: its groups over `tensor`, or one on every device.
-
-    Groups that are fewer than the devices, and several, are repeated to one a head first.
-    """
-    groups, parts = x.shape[2], mesh.size("tensor")
-    if groups == 1:
-        return x, TIME
-    if groups % parts:
-        x = jnp.repeat(x, heads // groups, axis=2)
-    return x, HEADS

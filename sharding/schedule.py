@@ -19,9 +19,9 @@ class Schedule:
     """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P
     exchanges one after the other (for large states or many devices), or a ring of P - 1."""
     attention: Literal["gather", "ring", "token-ring", "ulysses"] = "gather"
-    """Softmax attention over the axis seq: keys and values gathered (LASP-2H), sent round a ring,
-    queries and their partial results sent round it (TokenRing), or heads exchanged for time by
-    all-to-all (Ulysses)."""
+    """Softmax attention over the axis seq: keys and values gathered (LASP-2H; a window gathers from
+    the devices that it reaches), sent round a ring, queries sent round it and their partial results
+    back (TokenRing), or heads exchanged for time by all-to-all (Ulysses)."""
     matmul: Literal["plain", "ring"] = "plain"
     """Products over the axis tensor: what they exchange before or after them, or in blocks that go
     round while they compute (collective matmul), the residual stream over tensor too."""

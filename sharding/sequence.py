@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from ..kernels.monoid import Element, Monoid, resettable
 from . import mesh, schedule
@@ -124,6 +125,19 @@ def manual(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         axis_names=set(mesh.free()),
         check_vma=False,
     )
+
+
+def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
+    """x and how it lies over the axes: its groups over `tensor`, or one on every device.
+
+    Groups that are fewer than the devices, and several, are repeated to one a head first.
+    """
+    groups, parts = x.shape[2], mesh.size("tensor")
+    if groups == 1:
+        return x, TIME
+    if groups % parts:
+        x = jnp.repeat(x, heads // groups, axis=2)
+    return x, HEADS
 
 
 def run_window(

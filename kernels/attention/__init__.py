@@ -2,19 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ..dispatch import Implementation, call
 from ..documents import starts
 from . import reference, xla
 from .fixed_query import fixed_query
+from .xla import delta, visits
 
-__all__ = ["attention", "fixed_query"]
+__all__ = ["attention", "attention_gradients", "delta", "fixed_query", "visits"]
 
 IMPLEMENTATIONS = {
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention),
 }
+GRADIENTS = {"xla": Implementation(xla.gradients)}
 
 
 def attention(
@@ -31,6 +34,7 @@ def attention(
     kv_index: Int[Array, "B S"] | None = None,
     return_lse: bool = False,
     block: int | None = None,
+    dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """y_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys that t may see  (arXiv:2307.08691).
@@ -43,34 +47,66 @@ def attention(
     `scale` is K**-0.5 if None. Head h reads key and value group h G // H. `reset` marks documents
     when q and k are the same tokens; a cache gives q_index, q_start and kv_index instead.
     `return_lse` adds the log-sum-exp of the scaled scores in at least float32. `block` is the
-    number of tokens a blockwise implementation takes at a time. Returns y in the dtype of q.
+    number of tokens a blockwise implementation takes at a time. Returns y in `dtype`, that of q if
+    None; results over parts of the keys, which are still to be merged, want float32.
     A non-finite key, value, query or cotangent reaches exactly what its mask lets it reach.
     Raises ValueError for arguments that do not fit.
     """
     check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block)
-    first, last = visible(q, k, causal, window, reset, q_index, q_start)
+    first, last = visible(q.shape[:2], causal, window, reset, q_index, q_start)
     if kv_index is None:
         kv_index = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
-    dtype = jnp.result_type(q, k, v)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    common = jnp.result_type(q, k, v)
     y, lse = call(
         "attention",
         IMPLEMENTATIONS,
         implementation,
-        *(x.astype(dtype) for x in (q, k, v)),
+        *(x.astype(common) for x in (q, k, v)),
         first,
         last,
         kv_index.astype(jnp.int32),
-        scale,
+        q.shape[3] ** -0.5 if scale is None else scale,
         block,
+        jnp.dtype(q.dtype if dtype is None else dtype),
     )
-    y = y.astype(q.dtype)
     return (y, lse) if return_lse else y
 
 
-def visible(q, k, causal, window, reset, q_index, q_start):
+def attention_gradients(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    dy: Float[Array, "B T H V"],
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
+    *,
+    q_index: Int[Array, "B T"],
+    q_start: Int[Array, "B T"],
+    kv_index: Int[Array, "B S"],
+    scale: float | None = None,
+    block: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G V"]]:
+    """What these keys contribute to the gradients to q, k and v, in the dtype of lse.
+
+    The queries may have seen other keys too: `lse` is the log-sum-exp over all of them, and
+    `delta(y, dy, dlse)` is of the output over all of them. The other arguments are `attention`'s.
+    """
+    return call(
+        "attention_gradients",
+        GRADIENTS,
+        implementation,
+        *(q, k, v, dy, lse, delta),
+        *visible(q.shape[:2], True, None, None, q_index, q_start),
+        kv_index.astype(jnp.int32),
+        q.shape[3] ** -0.5 if scale is None else scale,
+        block,
+    )
+
+
+def visible(shape, causal, window, reset, q_index=None, q_start=None):
     """Index of the first and of the last key that each query may see, int32 (B, T) each."""
-    shape, index = q.shape[:2], jnp.arange(q.shape[1], dtype=jnp.int32)
+    index = jnp.arange(shape[1], dtype=jnp.int32)
     end = jnp.full(shape, jnp.iinfo(jnp.int32).max, jnp.int32)
     if q_index is None:
         q_index = jnp.broadcast_to(index, shape)

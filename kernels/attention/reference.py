@@ -20,11 +20,10 @@ def one(q_GRK, k_SGK, v_SGV, see_S):
     return y_GRV, jnp.where(see_S.any(), m_GR + jnp.log(u_GR), -jnp.inf)
 
 
-def attention(q, k, v, first, last, kv_index, scale, block):
+def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """The definition; `block` has no meaning here and is not read."""
     del block
-    dtype = q.dtype
-    q, k, v = (x.astype(jnp.promote_types(jnp.float32, dtype)) for x in (q, k, v))
+    q, k, v = (x.astype(jnp.promote_types(jnp.float32, q.dtype)) for x in (q, k, v))
     q = rearrange(q, "b t (g r) k -> t b g r k", g=k.shape[2])
 
     @jax.checkpoint

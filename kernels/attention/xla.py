@@ -20,18 +20,18 @@ BLOCK = 128  # on one CPU core at T=2048, K=V=64 as fast as 256, and closer to a
 END = jnp.iinfo(jnp.int32).max
 
 
-def attention(q, k, v, first, last, kv_index, scale, block):
+def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    sizes = _even(q.shape[1], block or BLOCK), _even(k.shape[1], block or BLOCK)
-    return _attention(q, k, v, first, last, kv_index, scale, sizes)
+    return _attention(q, k, v, first, last, kv_index, scale, block, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, first, last, kv_index, scale, sizes):
-    return _forward(q, k, v, first, last, kv_index, scale, sizes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attention(q, k, v, first, last, kv_index, scale, block, dtype):
+    return _forward(q, k, v, first, last, kv_index, scale, block, dtype)[0]
 
 
-def _forward(q, k, v, first, last, kv_index, scale, sizes):
+def _forward(q, k, v, first, last, kv_index, scale, block, dtype):
+    sizes = _sizes(q, k, block)
     exact = jnp.promote_types(jnp.float32, q.dtype)
     keys, extent = _keys(k, v, kv_index, sizes[1])
     interval, _ = _intervals(first, last, sizes[0])
@@ -57,34 +57,44 @@ def _forward(q, k, v, first, last, kv_index, scale, sizes):
         return jnp.where(u[..., None] == 0, 0, w / u[..., None]), m + jnp.log(u)
 
     y, lse = jax.lax.map(row, (_heads(q, k.shape[2], sizes[0]), *interval))
-    y, lse = _join(y, q.shape[1]).astype(q.dtype), _join(lse, q.shape[1])
+    y, lse = _join(y, q.shape[1]).astype(dtype), _join(lse, q.shape[1])
     return (y, lse), (q, k, v, first, last, kv_index, y, lse)
 
 
-def _backward(scale, sizes, residuals, cotangents):
-    """dS = P (dP - (dy . y - dlse)): once by rows of tiles for dq, once by columns for dk and dv.
+def _backward(scale, block, dtype, residuals, cotangents):
+    q, k, v, first, last, kv_index, y, lse = residuals
+    dy, dlse = cotangents
+    slope = q, k, v, dy, lse, delta(y, dy, dlse), first, last, kv_index
+    dq, dk, dv = gradients(*slope, scale, block)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+def delta(y, dy, dlse):
+    """dy . y - dlse, a number a query: what a weight's gradient is compared with."""
+    y, dy = y.astype(dlse.dtype), dy.astype(dlse.dtype)
+    return jnp.einsum("bthv,bthv->bth", dy, y, precision="highest") - dlse
+
+
+def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
+    """dS = P (dP - delta): once by rows of tiles for dq, once by columns for dk and dv.
 
     Two passes, since adding to a shared dq from columns that run at once would have no fixed order.
     """
-    q, k, v, first, last, kv_index, y, lse = residuals
-    dy, dlse = cotangents
-    exact, groups = lse.dtype, k.shape[2]
-    term = (
-        jnp.einsum("bthv,bthv->bth", dy.astype(exact), y.astype(exact), precision="highest") - dlse
-    )
-    bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(term))[..., None]
-    sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, term
+    exact, groups, sizes = lse.dtype, k.shape[2], _sizes(q, k, block)
+    dy = dy.astype(q.dtype)
+    bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(delta))[..., None]
+    sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, delta
     queries = (*(_heads(x, groups, sizes[0]) for x in sides),)
     keys, key_extent = _keys(k, v, kv_index, sizes[1])
     interval, query_extent = _intervals(first, last, sizes[0])
 
     def tile(query, key):
         """The weights of one tile and the gradient to its scores, 0 where hidden."""
-        (q, _, dy, lse, term, first, last), (k, _, v, index) = query, key
+        (q, _, dy, lse, delta, first, last), (k, _, v, index) = query, key
         see = _see(first, last, index)
         s = scale * _dot("bgrtk,bgsk->bgrts", q, k)
         p = jnp.where(see, jnp.exp(s - lse[..., None]), 0)
-        ds = p * (_dot("bgrtv,bgsv->bgrts", dy, v) - term[..., None])
+        ds = p * (_dot("bgrtv,bgsv->bgrts", dy, v) - delta[..., None])
         return p, jnp.where(see, ds, 0).astype(q.dtype)
 
     def row(query):
@@ -109,11 +119,24 @@ def _backward(scale, sizes, residuals, cotangents):
 
     dq = jax.lax.map(row, (*queries, *interval))
     dk, dv = (_join(x[:, :, :, None], k.shape[1]) for x in jax.lax.map(column, keys))
-    dq = scale * _join(dq, q.shape[1])
-    return dq.astype(q.dtype), (scale * dk).astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return scale * _join(dq, q.shape[1]), scale * dk, dv
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def visits(first, last, kv_index, block=None):
+    """How many tiles of scores a call computes: (in its forward, in its backward)."""
+    sizes = _sizes(first, kv_index, block)
+    interval, query_extent = _intervals(first, last, sizes[0])
+    key_extent = _extent(_cut(kv_index, sizes[1], -1))
+
+    def total(extent, first, last):
+        low, high = jax.vmap(partial(_span, *extent))(first, last)
+        return (high - low).sum()
+
+    rows = total(key_extent, interval[0].min(-1), interval[1].max(-1))
+    return rows, rows + total(query_extent, *key_extent)
 
 
 def _dot(equation, x, y):
@@ -127,6 +150,11 @@ def _see(first, last, index):
     index = index[:, None, :]
     see = (first[:, :, None] <= index) & (index <= last[:, :, None]) & (index >= 0)
     return see[:, None, None]
+
+
+def _sizes(q, k, block):
+    """Tokens in a tile of queries and in one of keys."""
+    return _even(q.shape[1], block or BLOCK), _even(k.shape[1], block or BLOCK)
 
 
 def _even(length, block):

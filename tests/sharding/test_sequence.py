@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.kernels.monoid import DECAY, SOFTMAX, resettable, scan
-from scanax.sharding import mesh, ops, sequence
+from scanax.sharding import mesh, sequence
 from support.compare import close
 from support.ladder import BY_NAME, check, problem, with_gradients
 
@@ -32,17 +32,6 @@ def exact(name, inputs, ct, reset):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, ct))
         return jax.tree.map(np.asarray, with_gradients(BY_NAME[name].meaning)(*wide, reset))
-
-
-def test_attention_says_what_it_does_not_do_on_a_mesh():
-    x = jnp.zeros((2, 8, 2, 4), jnp.float32)
-    for more in (
-        {"causal": False},
-        {"return_lse": True},
-        {"kv_index": jnp.zeros((2, 8), jnp.int32)},
-    ):
-        with jax.set_mesh(mesh.make("data=2")), pytest.raises(ValueError, match="on a mesh yet"):
-            ops.attention(x, x, x, **more)
 
 
 @pytest.mark.parametrize("method", ["gather", "scan", "ring"])
