@@ -103,7 +103,7 @@ class LM(nnx.Module):
         x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:
             x = x * jnp.asarray(config.width**0.5, stream)
-        x = mesh.constrain(x, mesh.ROWS, "seq")
+        x = mesh.constrain(x, mesh.ROWS, mesh.over_time(x.shape[1]))
         states, aux = [], []
         for run, stacked in zip(runs(config), self.blocks, strict=True):
             given = None if state is None else state[run.start : run.start + run.length]
@@ -119,7 +119,7 @@ class LM(nnx.Module):
         def body(x, layer):
             variables, state = layer
             x, state, aux = nnx.merge(graphdef, variables)(x, state, reset)
-            return mesh.constrain(x, mesh.ROWS, "seq"), (state, aux)
+            return mesh.constrain(x, mesh.ROWS, mesh.over_time(x.shape[1])), (state, aux)
 
         if self.config.remat != "none":
             # the scan already keeps the recomputation from being merged with the first one

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from . import mesh
-from .sequence import TIME, manual
+from .sequence import lying, manual
 
 WORDS = P("tensor")  # tables (V, D)
 
@@ -32,7 +32,8 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
         rows = jnp.where(here[..., None], jnp.take(table, jnp.where(here, mine, 0), axis=0), 0)
         return rows if whole else jax.lax.psum(rows, "tensor")
 
-    rows = manual(local, (WORDS, TIME), TIME)(table, ids)
+    place, _ = lying(ids.shape[1])
+    rows = manual(local, (WORDS, place), place)(table, ids)
     return jnp.where(known[..., None], rows, jnp.nan)
 
 
@@ -58,7 +59,8 @@ def nll(
         axis = "tensor" if mesh.size("tensor") > 1 else None
         return _spans(project, weight, hidden, targets, vocab, chunk, axis)
 
-    return manual(local, (P(None, "tensor"), TIME, TIME), TIME)(weight, hidden, targets)
+    place, _ = lying(targets.shape[1])
+    return manual(local, (P(None, "tensor"), place, place), place)(weight, hidden, targets)
 
 
 def _spans(project, weight, hidden, targets, vocab, chunk, axis):

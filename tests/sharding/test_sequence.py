@@ -39,7 +39,7 @@ def test_attention_says_what_it_does_not_do_on_a_mesh():
     for more in (
         {"causal": False},
         {"return_lse": True},
-        {"kv_index": jnp.zeros((2, 8), jnp.int32)},
+        {"kv_index": jnp.zeros((2, 8), jnp.int32), "return_lse": True},
     ):
         with jax.set_mesh(mesh.make("data=2")), pytest.raises(ValueError, match="on a mesh yet"):
             ops.attention(x, x, x, **more)
