@@ -160,7 +160,7 @@ class Generator:
     def check(self, rows: int) -> None:
         """Raise a ValueError if so many rows do not divide over the devices."""
         with use_abstract_mesh(self.mesh.abstract_mesh):
-            mesh.divide("rows", rows, *mesh.ROWS)
+            mesh.divide("prompts", rows, *mesh.ROWS)
 
     def _read(self, state, tokens, reset, chunk):
         """By pieces of `chunk` tokens, the first one shorter: at most two compiled shapes.

@@ -40,7 +40,8 @@ def over_cache(
     rings = {name: state[name] for name in ("k", "v")}
     number = length[:, None] + jnp.arange(time, dtype=jnp.int32)
     start = number - position
-    spread, tensor = mesh.size("seq") > 1, _heads(k.shape[2])
+    spread = mesh.several() and mesh.size("seq") > 1
+    tensor = _heads(k.shape[2])
 
     def local(q, k, v, rings, length, start):
         every, devices, device = length[:, None] + jnp.arange(time, dtype=jnp.int32), 1, 0
@@ -87,7 +88,8 @@ def attention(
         raise ValueError("only causal attention, without its log-sum-exp, runs on a mesh yet")
     check(q, k, v, True, how.get("window"), reset, q_index, q_start, kv_index, how.get("block"))
     mesh.check(rows, time, heads)
-    mesh.divide("keys", length if length > 1 else 0, "seq")
+    if length > 1:
+        mesh.divide("keys", length, "seq")
     index = {"q_index": q_index, "q_start": q_start, "kv_index": kv_index}
     for name, size in (("q_index", time), ("kv_index", length)):
         if index[name] is None:
@@ -108,8 +110,8 @@ def attention(
 
 
 def _heads(groups: int) -> str | None:
-    """The axis that groups of keys and values lie over: none if they do not divide."""
-    return None if groups % mesh.size("tensor") else "tensor"
+    """The axis that groups of keys and values lie over; None if they do not divide."""
+    return "tensor" if not mesh.several() or groups % mesh.size("tensor") == 0 else None
 
 
 def _attend(q, k, v, every_group, spread, **how):

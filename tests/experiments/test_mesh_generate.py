@@ -180,7 +180,7 @@ def test_streaming_through_a_window_trains_as_on_one_device(texts, tmp_path):
 
 
 REFUSED = {
-    "--mesh data=3": "rows=2 does not divide over data=3 devices; 3 would",
+    "--mesh data=3": "prompts=2 does not divide over data=3 devices; 3 would",
     "--mesh seq=16": "mesh 'seq=16' has 16 devices, and there are 8",
     "--mesh tensor=8": "heads=4 does not divide over tensor=8 devices; 8 would",
     "--mesh stage=2": "'stage=2' is not AXIS=N",
@@ -196,7 +196,7 @@ def test_a_wrong_mesh_is_one_line(flag, runs, capsys, monkeypatch):
     common = ["--checkpoint", str(runs["window"]), *flag.split()]
     assert generate.main([*common, "--prompt", "a", "b"]) == 2
     assert re.fullmatch(rf"generate: .*{REFUSED[flag]}.*\n", capsys.readouterr().err)
-    if "rows" not in REFUSED[flag]:
+    if "prompts" not in REFUSED[flag]:
         assert evaluate.main([*common, "--no-plot"]) == 2
         assert re.fullmatch(rf"evaluate: .*{REFUSED[flag]}.*\n", capsys.readouterr().err)
 

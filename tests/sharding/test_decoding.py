@@ -115,15 +115,14 @@ def test_a_cache_over_devices_is_that_of_one(name, over):
 def test_gradients_go_through_the_cache(time):
     model, params, call = built(kv_heads=2, window=6)
     x, ct = normal(5, 2, B, 8, WIDTH), normal(6, B, time, WIDTH)
-    reset = np.zeros((B, 8), bool)
-    reset[0, 5] = True
+    reset = jnp.zeros((B, 8), bool).at[0, 5].set(True)
 
     @jax.jit
     @jax.grad
     def gradients(inputs):
         params, x = inputs
         _, state = call(params, x[0], model.init_state(B, 6, jnp.float32), reset)
-        y, state = call(params, x[1, :, :time], state, np.zeros((B, time), bool))
+        y, state = call(params, x[1, :, :time], state, jnp.zeros((B, time), bool))
         return (y * ct).sum() + jnp.sin(state["k"]).sum()
 
     true = gradients((params, x))
