@@ -105,7 +105,8 @@ class Generator:
         self.span = over.shape["seq"]
         self.graphdef, params, rest = split(model)
         # Everything is put here by name: jit compiles once more for what is only there by default.
-        everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ROWS)
+        everywhere: Any = mesh.sharding(over)
+        rows: Any = mesh.sharding(over, mesh.ROWS)
         places = shardings(model.config, params, over), everywhere
         self.variables = jax.device_put((params, rest), places)
         state = state_shardings(jax.eval_shape(lambda: model.init_state(1, 1)), over)
@@ -184,7 +185,7 @@ class Generator:
 
     def _feed(self, variables, state, tokens, reset):
         with use_abstract_mesh(self.mesh.abstract_mesh):
-            model = merge(self.graphdef, *variables)
+            model: Any = merge(self.graphdef, *variables)
             x, state, _ = model.hidden(tokens, state, reset)
             return model.logits(x[:, -1:])[:, 0], state
 

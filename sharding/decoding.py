@@ -114,7 +114,7 @@ def _heads(groups: int) -> str | None:
     return "tensor" if not mesh.several() or groups % mesh.size("tensor") == 0 else None
 
 
-def _attend(q, k, v, every_group, spread, **how):
+def _attend(q, k, v, every_group, spread, **how) -> Any:
     """Inside shard_map: all queries over this device's keys, and then over those of all.
 
     `every_group`: k and v have the groups of all heads, q this device's heads. `spread`: other
