@@ -22,10 +22,13 @@ import jax
 import numpy as np
 import tqdm
 from flax import nnx
+from jax.sharding import Mesh, use_abstract_mesh
 from scanax.experiments import data as texts
 from scanax.experiments import flags
 from scanax.experiments.loading import Loaded, load, parse_step
+from scanax.experiments.sampling import AXES
 from scanax.models import LM
+from scanax.sharding import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,18 @@ class EvaluateConfig:
     """Directory for evaluation.json and loss_by_position.png; the run's own if None."""
     plot: bool = True
     """Draw loss_by_position.png (package matplotlib, extra `train`)."""
+    mesh: str = ""
+    """Devices by axis, as data=2,seq=4: data and fsdp (rows; fsdp also the parameters), seq (time),
+    tensor (heads and features). If empty, one device."""
+    emulate_devices: int = 0
+    """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths={self.lengths}; multiples of at least 1 are needed")
-        if self.tokens < 0:
-            raise ValueError(f"tokens={self.tokens}; it must be at least 0")
+        for name in ("tokens", "emulate_devices"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 0")
         if self.data.heldout:
             raise ValueError("--data.heldout is for training; all of --data.paths is measured")
         if not self.data.paths and self.data != texts.DataConfig(paths=()):
@@ -88,12 +97,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(
                 "the package matplotlib is missing: pip install 'scanax[train]', or give --no-plot"
             ) from None
-    loaded = load(config.checkpoint, parse_step(config.step))
+    mesh.emulate(config.emulate_devices)
+    over = mesh.only(mesh.make(config.mesh), *AXES)
+    loaded = load(config.checkpoint, parse_step(config.step), over)
     source, task = text(config, loaded), loaded.config.task
+    with jax.set_mesh(over):
+        for times in config.lengths:
+            mesh.over_time(times * task.length)
     print(f"step {loaded.step} of {config.checkpoint} on {source.name}, {len(source):,} tokens")
     results: dict[str, Any] = {"step": loaded.step, "text": source.name}
     results |= {"training_length": task.length, "lengths": []}
-    score = scorer(loaded.model)
+    score = scorer(loaded.model, over)
     for times in config.lengths:
         length = times * task.length
         # as many tokens at once as a batch of training has, where a row is no longer than that
@@ -142,15 +156,28 @@ def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
 Score = Callable[[texts.Batch], np.ndarray]
 
 
-def scorer(model: LM) -> Score:
-    """Nats of every target of a batch."""
+def scorer(model: LM, over: Mesh) -> Score:
+    """Nats of every target of a batch, whose rows and time lie over the mesh."""
     graphdef, variables = nnx.split(model)
+    parts = math.prod(over.shape[axis] for axis in mesh.ROWS)
 
     @jax.jit
     def nll(variables, tokens, targets, reset):
-        return nnx.merge(graphdef, variables).nll(tokens, targets, reset=reset)[0]
+        with use_abstract_mesh(over.abstract_mesh):
+            return nnx.merge(graphdef, variables).nll(tokens, targets, reset=reset)[0]
 
-    return lambda b: np.asarray(nll(variables, b["tokens"], b["targets"], b["reset"]), np.float64)
+    def score(batch):
+        rows, length = batch["tokens"].shape
+        more = -rows % parts  # rows of nothing, so that they divide
+        place = mesh.sharding(over, mesh.ROWS, None if length == 1 else "seq")
+        arrays = (np.pad(batch[name], ((0, more), (0, 0))) for name in READ)
+        found = nll(variables, *jax.device_put(tuple(arrays), place))
+        return np.asarray(found, np.float64)[:rows]
+
+    return score
+
+
+READ = ("tokens", "targets", "reset")
 
 
 def measure(score: Score, source: texts.Source, rows: int, length: int, tokens: int) -> dict:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from scanax.experiments import flags, saved_state
 from scanax.experiments.loading import Loaded, load, parse_step
-from scanax.experiments.sampling import Choice, Context, Generator, row_keys
+from scanax.experiments.sampling import AXES, Choice, Context, Generator, row_keys
 from scanax.models.pattern import parse
+from scanax.sharding import mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,14 @@ class GenerateConfig:
     """A file to write the state to after the last token, to go on from later."""
     load_state: str | None = None
     """A file of --save-state to go on from; --prompt is then read after it, and may be left out."""
+    mesh: str = ""
+    """Devices by axis, as data=2,seq=4: data and fsdp (prompts; fsdp also the parameters), seq
+    (tokens of prompts and attention's caches), tensor (heads and features). If empty, one."""
+    emulate_devices: int = 0
+    """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
 
     def __post_init__(self):
-        for name, least in (("tokens", 0), ("top_k", 0), ("prefill_chunk", 1), ("seed", 0)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}; it must be at least {least}")
@@ -74,6 +80,9 @@ class GenerateConfig:
         parse_step(self.step)
 
 
+LEAST = {"tokens": 0, "top_k": 0, "prefill_chunk": 1, "seed": 0, "emulate_devices": 0}
+
+
 def main(args: list[str] | None = None) -> int:
     """0: done. 2: something given is wrong, nothing written. 1: the state could not be written."""
     about = "Continue prompts with a trained model."
@@ -81,9 +90,11 @@ def main(args: list[str] | None = None) -> int:
         args = sys.argv[1:] if args is None else args
         config = flags.parse(GenerateConfig, None, args, "generate", about)
         writable(config.save_state)
-        loaded = load(config.checkpoint, parse_step(config.step))
+        mesh.emulate(config.emulate_devices)
+        over = mesh.only(mesh.make(config.mesh), *AXES)
+        loaded = load(config.checkpoint, parse_step(config.step), over)
         prompts = texts(config, loaded)
-        generator = Generator(loaded.model)
+        generator = Generator(loaded.model, over)
         context, used, room = ready(config, loaded, generator, prompts)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)

@@ -6,9 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from ..sharding import mesh
 from . import checkpoint
 from .config import TrainConfig, from_json
+from .step import Place
 from .tokenizer import Bytes, TokenizerJson
 from .tokenizer import load as load_tokenizer
 
@@ -38,9 +41,10 @@ def parse_step(text: str | None) -> Step:
     return int(text)
 
 
-def load(directory: str | Path, step: Step = None) -> Loaded:
+def load(directory: str | Path, step: Step = None, over: Mesh | None = None) -> Loaded:
     """The model that was saved at `step`: a number, "best" (lowest held-out loss), None (latest).
 
+    It is read straight onto a mesh (None: the first device): each device reads its part.
     Raises ValueError in one line for a directory that is no run, a step it does not have, or a
     damaged checkpoint.
     """
@@ -59,12 +63,21 @@ def load(directory: str | Path, step: Step = None) -> Loaded:
     def build():
         return task.build(nnx.Rngs(0))
 
+    over = mesh.make() if over is None else over
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    flat = jax.eval_shape(task.by_layer, nnx.to_pure_dict(shapes))
-    saved = checkpoint.restore(directory, {"params": flat}, chosen, part=True).state["params"]
+    shapes = nnx.to_pure_dict(shapes)
+    places = task.shardings(shapes, over)
+    flat = jax.eval_shape(task.by_layer, shapes)
+    each = task.by_layer(jax.tree.map(Place, places))
+    wanted = {
+        n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each[n].where) for n, x in flat.items()
+    }
+    saved = checkpoint.restore(directory, {"params": wanted}, chosen, part=True).state["params"]
+    params = jax.jit(task.from_layers, out_shardings=places)(saved)
     # decays by depth and the like; the parameters' draws are dead code
-    rest = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])()
-    model = nnx.merge(graphdef, task.from_layers(saved), rest)
+    everywhere = mesh.sharding(over)
+    rest = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2], out_shardings=everywhere)()
+    model = nnx.merge(graphdef, params, rest)
     return Loaded(config, model, chosen, folder, _tokenizer(task))
 
 

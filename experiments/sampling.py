@@ -7,11 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import io_callback
+from jax.sharding import Mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Int, UInt32
 
-from ..models import LM
+from ..models import LM, merge, split
+from ..models.partition import shardings, state_shardings
+from ..sharding import mesh
+
+AXES = (*mesh.ROWS, "seq", "tensor")  # of a mesh that a model is read and continued on
 
 
 class Context(NamedTuple):
@@ -74,9 +78,12 @@ def row_keys(prompts: Sequence[np.ndarray], seed: int) -> UInt32[np.ndarray, "B 
     return np.stack(keys)
 
 
-def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens and reset (B, longest): zeros before each prompt, reset on its first token."""
-    longest = max(map(len, prompts))
+def left_padded(prompts: Sequence[np.ndarray], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and reset (B, longest): zeros before each prompt, reset on its first token.
+
+    The longest is rounded up to a multiple, by more zeros.
+    """
+    longest = -(-max(map(len, prompts)) // multiple) * multiple
     tokens = np.zeros((len(prompts), longest), np.int32)
     reset = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
@@ -86,16 +93,32 @@ def left_padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Generator:
-    """The compiled functions of one model. A context that is given to one of them is used up."""
+    """The compiled functions of one model. A context that is given to one of them is used up.
 
-    def __init__(self, model: LM):
+    On a mesh (None: the first device) rows lie over `data` and `fsdp`, prompts and attention's
+    caches over `seq`, heads over `tensor`.
+    """
+
+    def __init__(self, model: LM, over: Mesh | None = None):
         self.model = model
-        self.graphdef, variables = nnx.split(model)
+        self.mesh = over = mesh.only(mesh.make() if over is None else over, *AXES)
+        self.span = over.shape["seq"]
+        self.graphdef, params, rest = split(model)
         # Everything is put here by name: jit compiles once more for what is only there by default.
-        self.device = jax.devices()[0]
-        self.variables = jax.device_put(variables, self.device)
-        self.feed = jax.jit(self._feed, donate_argnums=1)
-        self.loop = jax.jit(self._loop, static_argnums=(0, 1, 2), donate_argnums=4)
+        everywhere: Any = mesh.sharding(over)
+        rows: Any = mesh.sharding(over, mesh.ROWS)
+        places = shardings(model.config, params, over), everywhere
+        self.variables = jax.device_put((params, rest), places)
+        state = state_shardings(jax.eval_shape(lambda: model.init_state(1, 1)), over)
+        self.places = Context(state, rows, rows, rows)
+        self.blank = jax.jit(self._blank, static_argnums=(0, 1), out_shardings=state)
+        self.feed = jax.jit(self._feed, donate_argnums=1, out_shardings=(rows, state))
+        self.loop = jax.jit(
+            self._loop,
+            static_argnums=(0, 1, 2),
+            donate_argnums=4,
+            out_shardings=(everywhere, self.places),
+        )
         self.each: Callable[[np.ndarray], None] = lambda tokens: None
 
     def start(self, prompts: Sequence[np.ndarray], room: int, seed: int, chunk: int) -> Context:
@@ -103,15 +126,17 @@ class Generator:
 
         A row is read and continued as it is alone, to the rounding of other array shapes.
         """
-        tokens, reset = left_padded(prompts)
-        logits, state = self._read(self.model.init_state(len(prompts), room), tokens, reset, chunk)
+        self.check(len(prompts))
+        tokens, reset = left_padded(prompts, self.span)
+        logits, state = self._read(self.blank(len(prompts), room), tokens, reset, chunk)
         drawn = jnp.zeros(len(prompts), jnp.int32)
         return Context(state, logits, jnp.asarray(row_keys(prompts, seed)), drawn)
 
     def go_on(self, context: Context, tokens: np.ndarray, chunk: int) -> Context:
         """Read more tokens (B, T), at least one a row, after what the context has read."""
         reset = np.zeros(tokens.shape, bool)
-        logits, state = self._read(context.state, np.asarray(tokens, np.int32), reset, chunk)
+        state = jax.device_put(context.state, self.places.state)
+        logits, state = self._read(state, np.asarray(tokens, np.int32), reset, chunk)
         return context._replace(state=state, logits=logits)
 
     def generate(
@@ -128,39 +153,56 @@ class Generator:
         """
         if each is not None:
             self.each = each
-        context = jax.device_put(context, self.device)
+        context = jax.device_put(context, self.places)
         tokens, context = self.loop(count, how, each is not None, self.variables, context)
         jax.effects_barrier()
         return np.asarray(tokens), context
 
+    def check(self, rows: int) -> None:
+        """Raise a ValueError if so many rows do not divide over the devices."""
+        with use_abstract_mesh(self.mesh.abstract_mesh):
+            mesh.divide("prompts", rows, *mesh.ROWS)
+
     def _read(self, state, tokens, reset, chunk):
-        """By pieces of `chunk` tokens, the first one shorter: at most two compiled shapes."""
+        """By pieces of `chunk` tokens, the first one shorter: at most two compiled shapes.
+
+        On a mesh pieces divide over `seq`, and tokens that are left over are read one by one.
+        """
         logits: Any = None
-        begin, state = 0, jax.device_put(state, self.device)
+        chunk, begin = -(-chunk // self.span) * self.span, 0
+        whole = tokens.shape[1] // self.span * self.span
         while begin < tokens.shape[1]:
-            end = begin + ((tokens.shape[1] - begin) % chunk or chunk)
+            end = begin + ((whole - begin) % chunk or chunk) if begin < whole else begin + 1
             logits, state = self.feed(
                 self.variables, state, tokens[:, begin:end], reset[:, begin:end]
             )
             begin = end
         return logits, state
 
+    def _blank(self, rows, room):
+        with use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.model.init_state(rows, room)
+
     def _feed(self, variables, state, tokens, reset):
-        model = nnx.merge(self.graphdef, variables)
-        x, state, _ = model.hidden(tokens, state, reset)
-        return model.logits(x[:, -1:])[:, 0], state
+        with use_abstract_mesh(self.mesh.abstract_mesh):
+            model: Any = merge(self.graphdef, *variables)
+            x, state, _ = model.hidden(tokens, state, reset)
+            return model.logits(x[:, -1:])[:, 0], state
 
     def _loop(self, count, how, streamed, variables, context):
-        model = nnx.merge(self.graphdef, variables)
+        model = merge(self.graphdef, *variables)
 
         def step(context, _):
-            token = choose(context.logits, context.keys, context.drawn, how)
+            logits = mesh.constrain(context.logits, mesh.ROWS)
+            token = choose(logits, context.keys, context.drawn, how)
             if streamed:
-                io_callback(self._show, None, token, ordered=True)
+                io_callback(self._show, None, mesh.constrain(token), ordered=True)
             logits, state = model(token[:, None], context.state)
-            return Context(state, logits[:, 0], context.keys, context.drawn + 1), token
+            context = Context(state, logits[:, 0], context.keys, context.drawn + 1)
+            return jax.lax.with_sharding_constraint(context, self.places), token
 
-        context, tokens = jax.lax.scan(step, context, length=count)
+        with use_abstract_mesh(self.mesh.abstract_mesh):
+            context, tokens = jax.lax.scan(step, context, length=count)
         return tokens.T, context
 
     def _show(self, tokens):

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from ..kernels.attention import cache
 from . import checkpoint
 from .loading import Loaded
 from .sampling import Context, Generator
@@ -42,19 +45,28 @@ def load(path: str, loaded: Loaded, generator: Generator) -> tuple[Context, int,
                     f"{header['step']} of this model, or of another"
                 )
             used, room, rows = (int(header[name]) for name in ("used", "room", "rows"))
+            generator.check(rows)
             context = jax.eval_shape(lambda: empty(generator, rows, room))
             leaves = [file.get_tensor(name) for name in checkpoint.named(context)]
     except SafetensorError as error:
         raise ValueError(f"{path} is not a file of --save-state, or cut off: {error}") from None
-    return jax.tree.unflatten(jax.tree.structure(context), leaves), used, room
+    found = jax.tree.unflatten(jax.tree.structure(context), leaves)
+    state = tuple(map(fitting, found.state, context.state))  # saved on a mesh, or none, or another
+    return jax.device_put(found._replace(state=state), generator.places), used, room
+
+
+def fitting(state: dict[str, Array], expected: dict[str, Any]) -> dict[str, Array]:
+    """A block's state with a cache of the size that is expected here."""
+    if "k" not in state or state["k"].shape == expected["k"].shape:
+        return state
+    return cache.resized(state, expected["k"].shape[1])
 
 
 def empty(generator: Generator, rows: int, room: int) -> Context:
     """A context that has read nothing."""
-    model = generator.model
     return Context(
-        model.init_state(rows, room),
-        jnp.zeros((rows, model.config.vocab), jnp.float32),
+        generator.blank(rows, room),
+        jnp.zeros((rows, generator.model.config.vocab), jnp.float32),
         jnp.zeros((rows, 2), jnp.uint32),
         jnp.zeros(rows, jnp.int32),
     )

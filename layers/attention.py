@@ -9,8 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels.attention import cache
+from ..sharding import mesh
+from ..sharding.decoding import over_cache
 from ..sharding.ops import attention, positions
-from . import cache
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
 from .position import rotary_angles, rotary_frequencies, rotate_half
@@ -105,34 +107,20 @@ class Attention(nnx.Module):
             frequencies = rotary_frequencies(self.head_width, self.config.rope_base, exact)
             angle = rotary_angles(index, frequencies)
             q, k = rotate_half(q, angle), rotate_half(k, angle)
+        window = self.config.window
         if state is None:
-            y = cast(Array, attention(q, k, v, window=self.config.window, reset=reset))
+            y = cast(Array, attention(q, k, v, window=window, reset=reset))
         else:
-            y, state = self._cached(q, k, v, index, following, state)
+            y, rings = over_cache(q, k, v, state, index, window)
+            length = state["length"] + x.shape[1]
+            state = {**rings, "length": length, "start": length - following}
         return rows(self.out, rearrange(y, "b t h v -> b t (h v)")), state
 
-    def _cached(self, q, k, v, position, following, state):
-        """Attend over the ring and the new tokens, which then stay in it."""
-        window, time = self.config.window, q.shape[1]
-        rings, read, held, oldest = cache.extend(state, k, v)
-        number = state["length"][:, None] + jnp.arange(time, dtype=jnp.int32)
-        start = number - position
-        y = attention(
-            q,
-            read["k"].astype(q.dtype),
-            read["v"].astype(q.dtype),
-            window=window,
-            q_index=number,
-            q_start=start,
-            kv_index=held,
-        )
-        first = start if window is None else jnp.maximum(start, number - window + 1)
-        y = jnp.where((first < oldest[:, None])[..., None, None], jnp.nan, cast(Array, y))
-        length = state["length"] + time
-        return y, {**rings, "length": length, "start": length - following}
-
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
-        """An empty cache for `max_length` tokens (`window` where that is less)."""
+        """An empty cache for `max_length` tokens (`window` where that is less).
+
+        On a mesh it has room for a few more, so that its slots divide over `seq`.
+        """
         window = self.config.window
         size = max_length if window is None else min(window, max_length)
-        return cache.empty(batch, size, self.kv_heads, self.head_width, dtype)
+        return cache.empty(batch, mesh.up(size, "seq"), self.kv_heads, self.head_width, dtype)

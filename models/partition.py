@@ -1,4 +1,4 @@
-"""Where a language model's parameters lie on a mesh: Megatron-LM's columns and rows, and fsdp.
+"""Where a language model's parameters and states lie on a mesh: Megatron-LM's cut, and fsdp.
 
 A projection into heads or hidden features is cut by columns over `tensor`, the one back by rows, so
 that a block exchanges activations once after its mixer and once after its MLP (arXiv:1909.08053).
@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..sharding import rules
+from ..sharding.mesh import ROWS
 from .block import runs
 from .config import LMConfig
 
@@ -40,6 +41,12 @@ RULES = (
     (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),
     (r"embedding", BACK),
     (r"head\.kernel", INTO),
+)
+STATES = (  # of every mixer, by what it calls its parts
+    (r"k|v", P(ROWS, "seq", "tensor")),
+    (r"S|m|u|w", P(ROWS, "tensor")),
+    (r"conv(_[qkv])?|[xBC]_conv", P(ROWS, None, "tensor")),
+    (r"length|start|position", P(ROWS)),
 )
 
 
@@ -71,3 +78,21 @@ def shardings(config: LMConfig, params: dict[str, Any], mesh: Mesh) -> dict[str,
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, params, tree)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Where a model's state lies on a mesh: its rows, its heads or channels, slots of a cache.
+
+    A few heads or channels that do not divide over `tensor` lie whole on every device.
+    """
+    devices = mesh.shape["tensor"]
+
+    def one(path, leaf):
+        spec = rules.match(STATES, str(path[-1].key))
+        kept = (
+            None if axis == "tensor" and size % devices else axis
+            for axis, size in zip(spec, leaf.shape, strict=False)
+        )
+        return NamedSharding(mesh, P(*kept))
+
+    return jax.tree_util.tree_map_with_path(one, state)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 from .. import kernels
 from ..kernels.attention import attention_gradients, check, delta, visible
 from ..kernels.monoid import LOWEST, SOFTMAX
-from . import mesh, schedule
+from . import decoding, mesh, schedule
 from .sequence import HEADS, TIME, grouped, manual
 
 CACHED = ("q_index", "q_start", "kv_index")  # what attention over a cache is given
@@ -44,8 +44,11 @@ def attention(
     sight: dict[str, Any] = {"causal": causal, "window": window}
     if not mesh.several():
         return kernels.attention(q, k, v, **sight, reset=reset, return_lse=return_lse, **how)
-    if k.shape[1] != q.shape[1] or any(how.pop(name, None) is not None for name in CACHED):
-        raise ValueError("attention with a state carried over does not run on a mesh yet")
+    cached = k.shape[1] != q.shape[1] or any(how.get(name) is not None for name in CACHED)
+    if cached or q.shape[1] == 1:
+        more = sight | {"reset": reset, "return_lse": return_lse}
+        return decoding.attention(q, k, v, **more, **how)
+    how = {name: value for name, value in how.items() if name not in CACHED}
     check(q, k, v, causal, window, reset, None, None, None, how.get("block"))
     method, zigzag, steps = route(*q.shape[:3], causal, window)
     (k, v), lying = zip(*(grouped(x, q.shape[2]) for x in (k, v)), strict=True)

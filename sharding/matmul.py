@@ -8,6 +8,7 @@ backward pass of one is the other.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ def rings(x: Float[Array, "..."]) -> bool:
     return asked and x.ndim == 3 and x.shape[1] > 1
 
 
-def stream(x: Float[Array, "B T D"]) -> tuple[str, ...]:
-    """The axes that the time of the residual stream lies over. ValueError if it cannot."""
+def stream(x: Float[Array, "B T D"]) -> Any:
+    """The axes that the time of the residual stream lies over. ValueError if it does not divide."""
     if not rings(x):
-        return ("seq",)
+        return mesh.over_time(x.shape[1])
     mesh.divide("length", x.shape[1], "seq", "tensor")
     return "seq", "tensor"
 

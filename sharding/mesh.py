@@ -115,5 +115,29 @@ def check(
 ) -> None:
     """Raise a ValueError that names the first size that does not divide over its axes."""
     divide("rows", rows, *over)
-    divide("length", time, "seq")
+    over_time(time)
     divide(what, heads, "tensor")
+
+
+def over_time(length: int) -> str | None:
+    """The axis that so many tokens lie over: `seq`, or None for a single one, which all have.
+
+    Raises ValueError for any other length that does not divide over it.
+    """
+    if length == 1 or not several():
+        return None
+    divide("length", length, "seq")
+    return "seq"
+
+
+def up(number: int, *axes: str) -> int:
+    """The least number from this on that divides over axes of the mesh in force."""
+    return -(-number // size(*axes)) * size(*axes)
+
+
+def only(over: Mesh, *axes: str) -> Mesh:
+    """The mesh. Raises ValueError if it has several devices along any other axis."""
+    for axis, devices in over.shape.items():
+        if devices > 1 and axis not in axes:
+            raise ValueError(f"mesh {axis}={devices}: only {', '.join(axes)} are used here")
+    return over

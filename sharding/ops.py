@@ -19,7 +19,7 @@ from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX
 from ..kernels.selective_scan import summary as selective_summary
 from . import mesh
 from .attention import attention as attention
-from .sequence import HEADS, TIME, grouped, run
+from .sequence import grouped, lying, run
 
 BY_HEAD = P(mesh.ROWS, "tensor")  # states (B, H, ...)
 
@@ -42,10 +42,11 @@ def linear_attention(
     exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
     if state is None:
         state = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), exact)
-    (q, k, v), lying = zip(*(grouped(x, heads) for x in (q, k, v)), strict=True)
+    (q, k, v), grouping = zip(*(grouped(x, heads) for x in (q, k, v)), strict=True)
     constant = log_decay.ndim == 1
     tokens, shared = ((q, k, v), log_decay) if constant else ((q, k, v, log_decay), ())
-    places: Any = (lying, P("tensor")) if constant else ((*lying, HEADS), ())
+    by_head = lying(q.shape[1])[1]
+    places: Any = (grouping, P("tensor")) if constant else ((*grouping, by_head), ())
 
     def op(tokens, shared, state, reset):
         *qkv, log_decay = (*tokens, shared) if constant else tokens
@@ -65,7 +66,7 @@ def linear_attention(
         shared,
         state.astype(exact),
         reset,
-        specs=(places[0], places[1], BY_HEAD, HEADS),
+        specs=(places[0], places[1], BY_HEAD, by_head),
         summarize=summarize,
         monoid=lambda _: DECAY,
         element=element,
@@ -92,6 +93,8 @@ def selective_scan(
     exact = jnp.promote_types(jnp.float32, u.dtype)
     state = jnp.zeros((u.shape[0], *A.shape), exact) if state is None else state.astype(exact)
     D = jnp.zeros(u.shape[2], exact) if D is None else D
+    whole, by_channel = lying(u.shape[1])
+    tokens = by_channel, by_channel, whole, whole
 
     def op(tokens, shared, state, reset):
         (u, delta, B, C), (A, D) = tokens, shared
@@ -107,7 +110,7 @@ def selective_scan(
         (A, D),
         state,
         reset,
-        specs=((HEADS, HEADS, TIME, TIME), (P("tensor"), P("tensor")), BY_HEAD, HEADS),
+        specs=(tokens, (P("tensor"), P("tensor")), BY_HEAD, by_channel),
         summarize=summarize,
         monoid=lambda shared: selective_summary.monoid(shared[0].astype(exact)),
         element=lambda h: (jnp.zeros(h.shape[:2], h.dtype), h),
@@ -149,7 +152,7 @@ def fixed_query(
         q,
         jax.tree.map(lambda x: x.astype(exact), state),
         reset,
-        specs=(specs, P("tensor"), BY_HEAD, HEADS),
+        specs=(specs, P("tensor"), BY_HEAD, lying(k.shape[1])[1]),
         summarize=summarize,
         monoid=lambda _: SOFTMAX,
         element=lambda state: state,
@@ -164,6 +167,7 @@ def positions(
     if reset is None or not mesh.several():  # without documents they are an iota, wherever it lies
         return documents.positions(length, start, reset)
     mesh.check(reset.shape[0], reset.shape[1])
+    marks, _ = lying(reset.shape[1])
     start = jnp.zeros(reset.shape[0], jnp.int32) if start is None else start.astype(jnp.int32)
 
     def summarize(reset, shared, _, state):
@@ -176,7 +180,7 @@ def positions(
         (),
         start,
         None,
-        specs=(TIME, (), P(mesh.ROWS), TIME),
+        specs=(marks, (), P(mesh.ROWS), marks),
         summarize=summarize,
         monoid=lambda _: COUNT,
         element=lambda count: count,

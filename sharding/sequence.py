@@ -76,6 +76,11 @@ def halo(window: Any, after: Any, axis: str) -> Any:
     )
 
 
+def gathered(tree: Any, axis: str) -> Any:
+    """Inside shard_map: arrays (B, T, ...) with the time of all devices of the axis."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)
+
+
 def run(
     op: Callable,
     tokens: Any,
@@ -93,11 +98,13 @@ def run(
 
     specs: PartitionSpecs of tokens, shared, state and outputs. `summarize(tokens, shared, reset,
     state)` is a span's element of resettable(monoid(shared)); `element(state)` and `value(element)`
-    go from a state to the monoid's element and back.
+    go from a state to the monoid's element and back. A single token is run by all devices of `seq`.
     """
+    length = jax.tree.leaves(tokens)[0].shape[1]
+    spread = mesh.size("seq") > 1 and mesh.over_time(length) is not None
 
     def local(tokens, shared, state, reset):
-        if mesh.size("seq") > 1:
+        if spread:
             rule = resettable(monoid(shared))
             summary = summarize(tokens, shared, reset, state)
             start = jnp.zeros_like(summary[0]), element(state)
@@ -107,13 +114,18 @@ def run(
             return outputs, last(after, "seq")
         return op(tokens, shared, state, reset)
 
-    return manual(local, (*specs[:3], None if reset is None else TIME), specs[3:] + specs[2:3])(
-        tokens, shared, state, reset
-    )
+    marks = None if reset is None else lying(length)[0]
+    return manual(local, (*specs[:3], marks), specs[3:] + specs[2:3])(tokens, shared, state, reset)
 
 
 TIME = P(mesh.ROWS, "seq")  # arrays (B, T, ...)
 HEADS = P(mesh.ROWS, "seq", "tensor")  # (B, T, H, ...)
+
+
+def lying(length: int) -> tuple[P, P]:
+    """TIME and HEADS for so many tokens: a single one lies on every device of `seq`."""
+    axis = mesh.over_time(length)
+    return P(mesh.ROWS, axis), P(mesh.ROWS, axis, "tensor")
 
 
 def manual(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -141,37 +153,38 @@ def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
 
 
 def run_window(
-    op: Callable, x: Any, shared: Any, window: Any, reset: Any, spread: Any
+    op: Callable, x: Any, shared: Any, window: Any, reset: Any, places: Any
 ) -> tuple[Any, Any]:
     """(y, window) of op(x, shared, window, reset), which looks back no further than the window.
 
     x (B, T, D) and the window (B, W, D), the last inputs before x, lie over the mesh in force with
-    D over `tensor` if it divides; `spread` are the PartitionSpecs of `shared` then. A halo of W
+    D over `tensor` if it divides; `places` are the PartitionSpecs of `shared` then. A halo of W
     rows is exchanged.
     """
     if not mesh.several():
         return op(x, shared, window, reset)
-    past, channels = window.shape[1], x.shape[2]
-    mesh.check(x.shape[0], x.shape[1])
-    if mesh.size("seq") > 1 and x.shape[1] // mesh.size("seq") < past:
-        raise ValueError(
-            f"T={x.shape[1]} over seq={mesh.size('seq')} leaves a device fewer than the {past} "
-            f"tokens that a convolution looks back; T={past * mesh.size('seq')} would do"
-        )
+    (_, time, channels), past = x.shape, window.shape[1]
+    mesh.check(x.shape[0], time)
+    spread = past and mesh.size("seq") > 1 and mesh.over_time(time)
 
     def local(x, shared, window, reset):
-        if mesh.size("seq") == 1 or past == 0:
+        if not spread:
             return op(x, shared, window, reset)
-        end = None if reset is None else reset[:, -past:]
+        span, end = x.shape[1], None if reset is None else reset[:, -past:]
+        if span < past:  # so few that the window reaches past the neighbour: all are read by all
+            x, reset = gathered((x, reset), "seq")
+            y, after = op(x, shared, window, reset)
+            first = jax.lax.axis_index("seq") * span
+            return jax.lax.dynamic_slice_in_dim(y, first, span, axis=1), after
         kept = window.dtype  # which may be coarser than what one neighbour tells the other
         window = window.astype(x.dtype)
         _, tail = op(x[:, -past:], shared, jnp.zeros_like(window), end)
         y, after = op(x, shared, halo(window, tail, "seq"), reset)
         return y, last(after, "seq").astype(kept)
 
-    if channels % mesh.size("tensor") == 0:
-        tokens, windows = HEADS, P(mesh.ROWS, None, "tensor")
-    else:  # a few channels that all heads share lie whole on every device
-        tokens, windows, spread = TIME, P(mesh.ROWS), jax.tree.map(lambda _: P(), shared)
-    specs = (tokens, spread, windows, None if reset is None else TIME)
+    marks, tokens = lying(time)
+    windows = P(mesh.ROWS, None, "tensor")
+    if channels % mesh.size("tensor"):  # a few that all heads share lie whole on every device
+        tokens, windows, places = marks, P(mesh.ROWS), P()
+    specs = (tokens, places, windows, None if reset is None else marks)
     return manual(local, specs, (tokens, windows))(x, shared, window, reset)

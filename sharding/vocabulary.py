@@ -16,7 +16,6 @@ from . import mesh
 from .sequence import manual
 
 WORDS = P("tensor")  # tables (V, D)
-TOKENS = P(mesh.ENDS, "seq")  # arrays (B, T, ...)
 
 
 def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -33,7 +32,8 @@ def take(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B 
         rows = jnp.where(here[..., None], jnp.take(table, jnp.where(here, mine, 0), axis=0), 0)
         return rows if whole else jax.lax.psum(rows, "tensor")
 
-    rows = manual(local, (WORDS, TOKENS), TOKENS)(table, ids)
+    place = tokens(ids)
+    rows = manual(local, (WORDS, place), place)(table, ids)
     return jnp.where(known[..., None], rows, jnp.nan)
 
 
@@ -59,7 +59,13 @@ def nll(
         axis = "tensor" if mesh.size("tensor") > 1 else None
         return _spans(project, weight, hidden, targets, vocab, chunk, axis)
 
-    return manual(local, (P(None, "tensor"), TOKENS, TOKENS), TOKENS)(weight, hidden, targets)
+    place = tokens(targets)
+    return manual(local, (P(None, "tensor"), place, place), place)(weight, hidden, targets)
+
+
+def tokens(ids: Int[Array, "B T"]) -> P:
+    """Where arrays (B, T, ...) lie outside of the blocks."""
+    return P(mesh.ENDS, mesh.over_time(ids.shape[1]))
 
 
 def _spans(project, weight, hidden, targets, vocab, chunk, axis):

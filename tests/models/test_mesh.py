@@ -15,7 +15,7 @@ from scanax.layers.mamba import MambaConfig
 from scanax.layers.mamba2 import Mamba2Config
 from scanax.layers.mlp import MLPConfig
 from scanax.models import LM, LMConfig, merge, split
-from scanax.models.partition import shardings, specs
+from scanax.models.partition import shardings, specs, state_shardings
 from scanax.sharding import mesh, schedule
 from scanax.sharding.schedule import PLAIN, Schedule
 from support.compare import close
@@ -91,6 +91,24 @@ def test_every_parameter_has_its_place():
         specs(ALL, {"blocks": {0: {"mixer": {"other": jnp.zeros(3, jnp.float32)}}}})
     with pytest.raises(ValueError, match=r": 16 does not divide over tensor=3 devices; 15 or 18"):
         shardings(ALL, params, mesh.make("tensor=3"))
+
+
+def test_every_state_has_its_place():
+    """Heads or channels over tensor, slots over seq; two key heads do not divide over four."""
+    state = jax.eval_shape(lambda: LM(ALL, rngs=nnx.Rngs(0)).init_state(B, 16))
+    places = state_shardings(state, mesh.make("data=2,tensor=4"))
+    kinds = ("gla", "gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
+    named = {}
+    for kind, entry in zip(kinds, places, strict=True):
+        named[kind] = {name: place.spec[1:] for name, place in entry.items()}
+    heads, channels = ("tensor",), (None, "tensor")
+    assert named["gla"] == {"S": heads} | {f"conv_{n}": channels for n in "qkv"}
+    assert named["mamba2"]["B_conv"] == named["mamba"]["conv"] == channels
+    assert named["aaren"] == {"m": heads, "u": heads, "w": heads}
+    assert named["attention"]["k"] == named["attention"]["v"] == ("seq", None)
+    assert named["retention"] == {"S": heads, "position": ()}
+    with pytest.raises(ValueError, match=r"no rule says where .* other lies"):
+        state_shardings(({"other": state[0]["S"]},), mesh.make())
 
 
 def test_every_option_has_its_place():
