@@ -107,7 +107,8 @@ def compiled(
     start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    return start, Program(graphdef, None, step, jax.jit(on_mesh(score)), places, rows)
+    score = jax.jit(on_mesh(score), out_shardings=(everywhere, None))
+    return start, Program(graphdef, None, step, score, places, rows)
 
 
 def make_step(

@@ -1,0 +1,235 @@
+"""Many processes as one run: how they start, agree and end. With one process nothing here waits.
+
+They talk through the service that process 0 runs for `jax.distributed`: a few bytes at a time, from
+any thread, while the devices compute.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state  # its client has no public name
+
+LONG = 24 * 3600 * 1000  # ms; that a process is gone is noticed by its silence, far earlier
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The other processes of a run. Slurm (srun), Open MPI and TPU pods say all of it."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, any free port; count and index go with it."""
+    count: int | None = None
+    """Processes; 1: this one alone, whatever the environment says."""
+    index: int | None = None
+    """Which of them this is, from 0."""
+    detect: bool = False
+    """Ask JAX where the others are, for a cluster that shows nothing in the environment."""
+    timeout: int = 300
+    """Seconds to wait for the others to start."""
+    silence: int = 60
+    """Seconds after which a process that is not heard of counts as dead, and the run ends."""
+
+    def __post_init__(self):
+        for name, least in {"count": 1, "index": 0, "timeout": 1, "silence": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"hosts.{name}={value}; it must be at least {least}")
+        host, _, port = self.coordinator.rpartition(":")
+        if self.coordinator and not (host and port.isascii() and port.isdigit()):
+            raise ValueError(f"hosts.coordinator={self.coordinator!r} is not HOST:PORT")
+        if not self.coordinator and ((self.count or 1) > 1 or self.index):
+            raise ValueError(
+                f"hosts.count={self.count} and hosts.index={self.index} without hosts.coordinator"
+            )
+        if self.count is not None and (self.index or 0) >= self.count:
+            raise ValueError(f"hosts.index={self.index} is not one of hosts.count={self.count}")
+
+
+def launcher(environment: Mapping[str, str]) -> str:
+    """What started more than one process, as the environment shows it: slurm, ompi, tpu or ""."""
+    # a batch script has SLURM_NTASKS too, and is alone; only srun's tasks have a node list
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return "slurm"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "ompi"
+    names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in names or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return "tpu"
+    return ""
+
+
+RANKS = {
+    "slurm": ("SLURM_NTASKS", "SLURM_PROCID"),
+    "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def arguments(hosts: Hosts, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is given; None for a run of one process."""
+    by = launcher(environment)
+    if hosts.count == 1 or not (by or hosts.coordinator or hosts.detect):
+        return None
+    given: dict[str, Any] = {}
+    if hosts.coordinator:
+        names = RANKS.get(by, ("", ""))
+        ranks = [hosts.count, hosts.index]
+        for i, name in enumerate(names):
+            if ranks[i] is None and name in environment:
+                ranks[i] = int(environment[name])
+        if None in ranks:
+            raise ValueError(
+                f"hosts.coordinator={hosts.coordinator!r} needs hosts.count and hosts.index"
+            )
+        given = {"coordinator_address": hosts.coordinator}
+        given |= {"num_processes": ranks[0], "process_id": ranks[1]}
+        if by not in RANKS:  # those two also say which GPU is this process's
+            given["cluster_detection_method"] = "deactivate"
+    elif by == "ompi" and "OMPI_MCA_orte_hnp_uri" not in environment:
+        raise ValueError("this Open MPI does not say where process 0 is: give --hosts.coordinator")
+    return given
+
+
+def start(hosts: Hosts) -> None:
+    """Join the other processes, if there are any; ValueError if they do not come in time."""
+    given = None if global_state.client else arguments(hosts, os.environ)
+    if given is None:
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
+    shown = os.dup(2)
+    to = given.get("coordinator_address", "their coordinator")
+    late = f"the processes did not all come to {to} in hosts.timeout={hosts.timeout} seconds"
+    _on_abort(f"train: {late}", 2, shown)
+    with open(os.devnull, "w") as nowhere:  # what C++ says of that takes a page
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=hosts.timeout,
+            heartbeat_timeout_seconds=hosts.silence,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"jax.distributed did not start: {reason}") from None
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+    if several():
+        gone = "another process ended or is not heard of; --resume goes on from the last checkpoint"
+        _on_abort(f"{who()}: {gone}", 1)
+        threading.Thread(target=_told, daemon=True).start()
+
+
+def several() -> bool:
+    return global_state.num_processes > 1
+
+
+def first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return global_state.process_id == 0
+
+
+def who() -> str:
+    """How this process's lines begin."""
+    if not several():
+        return "train"
+    return f"train: process {global_state.process_id} of {global_state.num_processes}"
+
+
+def _client() -> Any:
+    return global_state.client
+
+
+_turns: dict[str, int] = {}
+
+
+def gather(name: str, value: Any) -> list[Any]:
+    """Every process's value (JSON), by index. All call it for a name equally often, or wait."""
+    if not several():
+        return [value]
+    client = _client()
+    turn = _turns[name] = _turns.get(name, -1) + 1
+    here = f"scanax/{name}/{turn}"
+    if not first():
+        client.key_value_set(f"{here}/{global_state.process_id}", json.dumps(value))
+        return json.loads(client.blocking_key_value_get(f"{here}/all", LONG))
+    others = range(1, global_state.num_processes)
+    values = [json.loads(client.blocking_key_value_get(f"{here}/{i}", LONG)) for i in others]
+    client.key_value_set(f"{here}/all", json.dumps([value, *values]))
+    if turn:  # who came to this one has read the one before
+        client.key_value_delete(f"scanax/{name}/{turn - 1}/")
+    return [value, *values]
+
+
+_ending = threading.Lock()
+
+
+def leave(error: BaseException, code: int) -> int:
+    """Say why this process ends, and end the others with it; the exit code."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        first_line = reason.splitlines()[0]
+        reason = f"a computation failed, as it does when another process ends: {first_line}"
+    if several() and not _ending.acquire(blocking=False):
+        threading.Event().wait()  # it is being ended by what another one said
+    print(f"{who()}: {reason}", file=sys.stderr)
+    if several():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            said = json.dumps([code, f"process {global_state.process_id} ended: {reason}"])
+            _client().key_value_set("scanax/end", said)
+        _exit(code)
+    return code
+
+
+def finish() -> None:
+    """End together, all done."""
+    if several() and _ending.acquire(blocking=False):
+        gather("finish", None)
+        jax.distributed.shutdown()
+
+
+def _told() -> None:
+    """End this process when another one says that it ends."""
+    try:
+        code, why = json.loads(_client().blocking_key_value_get("scanax/end", LONG))
+    except jax.errors.JaxRuntimeError:  # the end of the run, or of process 0, which aborts
+        return
+    if _ending.acquire(blocking=False):
+        print(f"{who()}: {why}", file=sys.stderr)
+        _exit(code)
+
+
+def _exit(code: int) -> None:
+    """Without the exit handlers, which would wait for the dead; all have heard of it, or 5 s."""
+    global _code
+    _code = code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().wait_at_barrier("scanax/end", 5000)
+    os._exit(code)
+
+
+_code: int | None = None
+_handler: Any = None
+
+
+def _on_abort(line: str, code: int, stderr: int = 2) -> None:
+    """JAX's service aborts a process that lost the others: with this line and exit code instead."""
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(_: int) -> None:  # C++ stops in abort(), which Python's signal module cannot hear
+        if _code is None:
+            os.write(stderr, f"{line}\n".encode())
+        os._exit(code if _code is None else _code)
+
+    global _handler
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    _handler = handler  # C holds no reference
