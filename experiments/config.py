@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from ..sharding.schedule import Schedule
-from .hosts import Hosts
+from .launcher import Hosts
 from .optimizer import OptimizerConfig
 from .tasks.lm import LMTask
 

@@ -14,7 +14,7 @@ import tyro
 
 from ..models.presets import PRESETS
 from .config import TrainConfig, read
-from .hosts import Hosts
+from .launcher import Hosts
 
 ENDS = ("steps", "minutes")
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -90,6 +91,8 @@ def main(args: list[str] | None = None) -> int:
         except BaseException as error:  # of JAX, when another process is gone; or a mistake of ours
             if not hosts.several():
                 raise
+            if not isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt):
+                traceback.print_exc()
             return hosts.leave(error, 1)
     return 0
 
@@ -123,8 +126,7 @@ def prepare(config: TrainConfig) -> Run:
     # traced here, once for all steps, so that a model that cannot run is known now
     batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
     jax.eval_shape(program.step, run.state, program.rest, batch, np.float32(0))
-    folder.mkdir(parents=True, exist_ok=True)
-    hosts.gather("prepared", None)  # nobody writes while another one still looks at the folder
+    hosts.share(folder)
     return run
 
 

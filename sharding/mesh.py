@@ -50,7 +50,7 @@ def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {text!r} has {wanted} devices, and there are {len(devices)}; "
             f"--emulate-devices {wanted} makes them of a CPU"
         )
-    without = {d.process_index for d in devices} - {d.process_index for d in devices[:wanted]}
+    without = set(range(jax.process_count())) - {d.process_index for d in devices[:wanted]}
     if without:
         raise ValueError(
             f"mesh {text!r} has {wanted} of {len(devices)} devices, and leaves process "
