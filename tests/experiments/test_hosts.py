@@ -63,9 +63,12 @@ def done(processes, codes=(0, 0)):
     assert found == codes, [process.said() for process in processes]
 
 
-def ours(text):
-    """The lines that are not of gloo, which speaks on both streams."""
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+GLOO = r"\[Gloo\]|Rank|is connected to|peer ranks|Expected number of connected|[\s\d.:]|is"
+
+
+def silent(text):
+    """Whether there is nothing but gloo's lines, which come on both streams and torn."""
+    return not re.sub(GLOO, "", text)
 
 
 def errors(process):
@@ -98,7 +101,7 @@ def test_two_processes_train_as_one(over, alone, texts, tmp_path):
         (said, _), (nothing, log) = (process.said() for process in both)
     close(losses(run), losses(alone), 1e-5)
     assert "no sample here" in said and "held-out bits per byte" in said
-    assert not ours(nothing) and not ours(log)
+    assert silent(nothing) and silent(log)
     assert [row["step"] for row in metrics.read(run)] == list(range(1, 7))
     assert {path.name for path in run.iterdir()} == {
         *("3", "6", "config.json", "metrics.jsonl", "tensorboard")
@@ -118,7 +121,8 @@ def test_two_processes_train_as_one(over, alone, texts, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_is_killed_the_other_ends_and_both_resume(killed, texts, tmp_path):
-    run, over = tmp_path / "r", ["--mesh", "data=4", "--no-plot"]
+    # the rate of a step does not depend on how many there are
+    run, over = tmp_path / "r", ["--mesh", "data=4", "--no-plot", "--optimizer.decay-steps", "50"]
     begin = [*args(texts, run), *over, "--save-every", "2", "--steps", "100000"]
     with together(tmp_path / "said", begin) as both:
         until(lambda: checkpoint.steps(run), both)
@@ -127,7 +131,7 @@ def test_when_one_is_killed_the_other_ends_and_both_resume(killed, texts, tmp_pa
         assert left.wait(60) == 1, left.said()
         out, err = left.said()
         (line,) = errors(left)
-    assert not ours(out) and "Traceback" not in err
+    assert silent(out) and "Traceback" not in err
     assert line.startswith(f"train: process {1 - killed} of 2: ")
     assert "another process end" in line
     at = checkpoint.latest(run)
@@ -135,8 +139,7 @@ def test_when_one_is_killed_the_other_ends_and_both_resume(killed, texts, tmp_pa
     with together(tmp_path / "said", resume) as both:
         done(both)
     whole = tmp_path / "whole"
-    more = ["--steps", str(at + 3), "--no-plot", "--mesh", "data=4"]
-    assert train.main([*args(texts, whole), *more]) == 0
+    assert train.main([*args(texts, whole), *over, "--steps", str(at + 3)]) == 0
     assert len(losses(run)) == at + 3
     close(losses(run), losses(whole), 1e-5)
 
@@ -297,7 +300,7 @@ def test_one_process_asks_for_its_rows(texts, tmp_path):
     flags = [*args(texts, run, "--stream-state "), *SIX, "--mesh", "data=4"]
     with together(tmp_path / "said", flags, script=script) as both:
         done(both)
-        asked = [json.loads(ours(process.said()[0])[-1]) for process in both]
+        asked = [json.loads(re.findall(r"\[\[.*\]\]", process.said()[0])[-1]) for process in both]
     for index, (probe, *calls) in enumerate(asked):
         assert probe == ["streams", 0, 1]  # a row, for its shape
         for name in ("streams", "evaluation"):
