@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -28,6 +29,8 @@ def start(hosts: Hosts) -> None:
     given = None if global_state.client else arguments(hosts, os.environ)
     if given is None:
         return
+    if given.get("process_id") == 0:
+        free(given["coordinator_address"])
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
     shown = os.dup(2)
     to = given.get("coordinator_address", "their coordinator")
@@ -51,6 +54,14 @@ def start(hosts: Hosts) -> None:
         gone = "another process ended or is not heard of; --resume goes on from the last checkpoint"
         _on_abort(f"{who()}: {gone}", 1)
         threading.Thread(target=_told, daemon=True).start()
+
+
+def free(address: str) -> None:
+    """ValueError if the port is in use; JAX's service ends there with a segmentation fault."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"hosts.coordinator={address!r}: {error}") from None
 
 
 def several() -> bool:

@@ -218,6 +218,14 @@ def test_a_wrong_flag_is_one_line(flags, texts, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_port_in_use_is_one_line(texts, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        at = f"127.0.0.1:{taken.getsockname()[1]}"
+        where = f"--hosts.coordinator {at} --hosts.count 2 --hosts.index 0".split()
+        assert train.main([*args(texts, tmp_path / "r"), *where]) == 2
+    assert re.fullmatch(rf"train: hosts.coordinator='{at}': .*in use.*\n", capsys.readouterr().err)
+
+
 SLURM = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 THERE = Hosts("there:1", 4, 3)
