@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from ..sharding.schedule import Schedule
+from .launcher import Hosts
 from .optimizer import OptimizerConfig
 from .tasks.lm import LMTask
 
@@ -43,6 +44,8 @@ class TrainConfig(Generic[T]):
     """How what lies over a mesh is exchanged."""
     emulate_devices: int = 0
     """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
+    """The processes of this start; a resumed run is told again."""
     seed: int = 0
     """Decides the first parameters and the order of the data."""
     accumulate: int = 1

@@ -2,7 +2,8 @@
 
 A batch is a dict of numpy arrays (batch, length): tokens and targets int32, reset bool (true on a
 document's first token), weights float32 (0 where the target is not to be learned or counted).
-Splitting a batch for accumulation or devices means splitting its rows, never its time.
+Splitting a batch for accumulation means splitting its rows, never its time. `rows` asks for some of
+a batch's rows only: a process makes those of its own devices.
 """
 
 import hashlib
@@ -16,9 +17,12 @@ __all__ = ["Corpus", "DataConfig", "Source", "are_arrays", "corpus", "evaluation
 __all__ += ["evaluation_steps", "permuted", "streams", "windows"]
 
 Batch = dict[str, np.ndarray]
+ALL = slice(None)
 
 
-def windows(source: Source, seed: int, step: int, *, batch: int, length: int) -> Batch:
+def windows(
+    source: Source, seed: int, step: int, *, batch: int, length: int, rows: slice = ALL
+) -> Batch:
     """Windows in a shuffled order, each once an epoch; every row starts fresh.
 
     The windows of an epoch tile the circle of tokens from an offset drawn for that epoch, so at
@@ -26,16 +30,18 @@ def windows(source: Source, seed: int, step: int, *, batch: int, length: int) ->
     """
     _check(source, batch, length)
     count = len(source) // length
-    rows = []
-    for serial in range(step * batch, (step + 1) * batch):
+    made = []
+    for serial in range(step * batch, (step + 1) * batch)[rows]:
         epoch, index = divmod(serial, count)
         offset = _random(seed, epoch, 0) % len(source)
         place = permuted(index, count, _random(seed, epoch, 1))
-        rows.append(source.window(offset + place * length, length))
-    return _stack(rows)
+        made.append(source.window(offset + place * length, length))
+    return _stack(made)
 
 
-def streams(source: Source, seed: int, step: int, *, batch: int, length: int) -> Batch:
+def streams(
+    source: Source, seed: int, step: int, *, batch: int, length: int, rows: slice = ALL
+) -> Batch:
     """Contiguous streams for a state carried across batches: row b goes on where row b ended.
 
     The rows start evenly spread over the circle of tokens, turned by an offset drawn from the seed;
@@ -43,14 +49,14 @@ def streams(source: Source, seed: int, step: int, *, batch: int, length: int) ->
     """
     _check(source, batch, length)
     offset = _random(seed, 0, 2) % len(source)
-    rows = [
+    made = [
         source.window(offset + b * len(source) // batch + step * length, length)
-        for b in range(batch)
+        for b in range(batch)[rows]
     ]
-    return _stack(rows)
+    return _stack(made)
 
 
-def evaluation(source: Source, index: int, *, batch: int, length: int) -> Batch:
+def evaluation(source: Source, index: int, *, batch: int, length: int, rows: slice = ALL) -> Batch:
     """Batch `index` of `evaluation_steps`: over all of them each token is a target once.
 
     Row b of the next batch goes on where row b of this one ended, so a state may be carried; and a
@@ -59,13 +65,13 @@ def evaluation(source: Source, index: int, *, batch: int, length: int) -> Batch:
     count, steps = _evaluation(source, batch, length)
     if not 0 <= index < steps:
         raise ValueError(f"evaluation batch {index} is not one of the {steps} there are")
-    rows = []
-    for b in range(batch):
+    made = []
+    for b in range(batch)[rows]:
         place = b * steps + index
         filled = max(0, min(length, len(source) - 1 - place * length)) if place < count else 0
         row = source.window(place * length, filled)
-        rows.append({k: np.pad(v, (0, length - filled)) for k, v in row.items()})
-    return _stack(rows)
+        made.append({k: np.pad(v, (0, length - filled)) for k, v in row.items()})
+    return _stack(made)
 
 
 def evaluation_steps(source: Source, *, batch: int, length: int) -> int:

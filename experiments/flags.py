@@ -14,6 +14,7 @@ import tyro
 
 from ..models.presets import PRESETS
 from .config import TrainConfig, read
+from .launcher import Hosts
 
 ENDS = ("steps", "minutes")
 
@@ -32,7 +33,7 @@ def train(args: list[str]) -> TrainConfig:
         raise ValueError(str(error)) from None
     run = Path(early.run) if early.run else folder(early.preset, early.resume)
     if early.resume:
-        config = dataclasses.replace(read(run / "config.json"), step=None)
+        config = dataclasses.replace(read(run / "config.json"), step=None, hosts=Hosts())
     else:
         config = dataclasses.replace(preset(early.preset), preset=early.preset)
     config = dataclasses.replace(config, run=str(run))

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from ..sharding import mesh
 from . import checkpoint
 from .config import TrainConfig, from_json
-from .step import Place
+from .step import Place, assembled, blueprint
 from .tokenizer import Bytes, TokenizerJson
 from .tokenizer import load as load_tokenizer
 
@@ -60,24 +59,15 @@ def load(directory: str | Path, step: Step = None, over: Mesh | None = None) -> 
     task = config.task.beside(folder)
     config = dataclasses.replace(config, task=task)
 
-    def build():
-        return task.build(nnx.Rngs(0))
-
     over = mesh.make() if over is None else over
-    graphdef, shapes, _ = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-    shapes = nnx.to_pure_dict(shapes)
-    places = task.shardings(shapes, over)
+    _, shapes, places = blueprint(task, over)
     flat = jax.eval_shape(task.by_layer, shapes)
     each = task.by_layer(jax.tree.map(Place, places))
     wanted = {
         n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each[n].where) for n, x in flat.items()
     }
     saved = checkpoint.restore(directory, {"params": wanted}, chosen, part=True).state["params"]
-    params = jax.jit(task.from_layers, out_shardings=places)(saved)
-    # decays by depth and the like; the parameters' draws are dead code
-    everywhere = mesh.sharding(over)
-    rest = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2], out_shardings=everywhere)()
-    model = nnx.merge(graphdef, params, rest)
+    model = assembled(task, saved, over)
     return Loaded(config, model, chosen, folder, _tokenizer(task))
 
 

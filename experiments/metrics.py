@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from . import hosts
 from .config import TrainConfig, to_json
 
 Row = dict[str, Any]
@@ -131,7 +132,7 @@ class Board:
 
 def start_wandb(config: TrainConfig) -> Any:
     """A W&B run of the id that this run's folder keeps, so that a resumed one goes on there."""
-    if not config.wandb:
+    if not config.wandb or not hosts.first():
         return None
     known = config.folder / "wandb_id"
     if not known.exists():
@@ -150,10 +151,14 @@ def start_wandb(config: TrainConfig) -> Any:
 
 
 class Recorder:
-    """Rows and the progress line from what steps return, one step late: the device never waits."""
+    """Rows and the progress line from what steps return, one step late: the device never waits.
+
+    Only the first process writes and shows them.
+    """
 
     def __init__(self, config: TrainConfig, step: int, part: float, wandb: Any = None):
-        self.config, self.unit, self.log = config, config.task.unit, Log(config, step, wandb)
+        self.config, self.unit = config, config.task.unit
+        self.log = Log(config, step, wandb) if hosts.first() else None
         self.done = step
         self.waiting: tuple[Row, Any, float] | None = None
         self.heldout: Row = {}
@@ -170,7 +175,7 @@ class Recorder:
         self.heldout = {f"heldout_{name}": value for name, value in heldout.items()}
         if self.waiting is not None:
             self.waiting[0].update(self.heldout)
-        else:  # of the step that a run resumed from
+        elif self.log is not None:  # of the step that a run resumed from
             self.log.write({"step": self.done} | self.heldout)
         self.mark = time.monotonic()
 
@@ -180,6 +185,8 @@ class Recorder:
             return
         (row, numbers, part), self.waiting = self.waiting, None
         row |= {name: value.item() for name, value in jax.device_get(numbers).items()}
+        if self.log is None:
+            return
         row |= {self.unit: row.pop("weight")} | self.config.task.derived(row["loss"])
         now = time.monotonic()
         self.speeds = [*self.speeds[-19:], row[self.unit] / max(now - self.mark, 1e-9)]
@@ -212,8 +219,9 @@ class Recorder:
             with contextlib.suppress(*([] if kind is None else [OSError])):
                 self.flush()
         finally:
-            self.log.close()
-        if sys.stderr.isatty():
+            if self.log is not None:
+                self.log.close()
+        if self.log is not None and sys.stderr.isatty():
             print(file=sys.stderr)
 
 

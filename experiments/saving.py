@@ -1,4 +1,8 @@
-"""Writing checkpoints in the background; kill -9 at any moment leaves a usable latest one."""
+"""Writing checkpoints in the background; kill -9 at any moment leaves a usable latest one.
+
+Every process writes what lies on its devices; the first seals the checkpoint once all have, and
+tells the others.
+"""
 
 import concurrent.futures
 import errno
@@ -15,6 +19,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from . import hosts
 from .checkpoint import best, crc32, named, steps, write_manifest
 
 _FULL = {errno.ENOSPC: "No space left", errno.EFBIG: "File too large", errno.EDQUOT: "quota"}
@@ -59,7 +64,7 @@ class Saver:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[int] | None = None
         logging.getLogger("absl").addFilter(_without_tracebacks)
-        if self.directory.is_dir() and jax.process_index() == 0:
+        if self.directory.is_dir() and hosts.first():
             for name in os.listdir(self.directory):
                 if re.match(r"\d+\.(saving|removing)", name):  # left by a process that was killed
                     shutil.rmtree(self.directory / name)
@@ -110,29 +115,33 @@ class Saver:
 
     def _finish(self, response: Any, manifest: dict[str, Any], size: int, floor: int) -> int:
         step = manifest["step"]
-        folder = self.directory / f"{step}.saving"
         try:
             response.result()
-            if jax.process_index() == 0:
-                for name, text in self._texts.items():
-                    (folder / name).write_text(text, encoding="utf-8")
-                files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-                manifest["files"] = {
-                    path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
-                    for path in files
-                }
-                write_manifest(folder, manifest)
-                self._remove(other for other in steps(self.directory) if other > floor)
-                folder.rename(self.directory / str(step))
-                recent, lowest = steps(self.directory)[-self.keep :], best(self.directory)
-                self._remove(
-                    other
-                    for other in steps(self.directory)
-                    if other not in recent and other != lowest
-                )
+            hosts.gather("written", step)
+            if hosts.first():
+                self._seal(manifest, floor)
+            hosts.gather("sealed", step)
         except Exception as error:
             raise self._failed(step, size, error) from error
         return step
+
+    def _seal(self, manifest: dict[str, Any], floor: int) -> None:
+        """Give the checkpoint its manifest and its name, and remove those it makes superfluous."""
+        folder = self.directory / f"{manifest['step']}.saving"
+        for name, text in self._texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        manifest["files"] = {
+            path.relative_to(folder).as_posix(): [path.stat().st_size, crc32(path)]
+            for path in files
+        }
+        write_manifest(folder, manifest)
+        self._remove(other for other in steps(self.directory) if other > floor)
+        folder.rename(self.directory / str(manifest["step"]))
+        recent, lowest = steps(self.directory)[-self.keep :], best(self.directory)
+        self._remove(
+            other for other in steps(self.directory) if other not in recent and other != lowest
+        )
 
     def _remove(self, unwanted: Iterable[int]) -> None:
         for step in list(unwanted):

@@ -34,8 +34,29 @@ class Program(NamedTuple):
     rows: NamedSharding
     """Where the arrays (rows, time) of a batch lie."""
 
-    def model(self, state: State) -> Any:
-        return nnx.merge(self.graphdef, state["params"], self.rest)
+    def model(self, state: State, task: Task) -> Any:
+        """The trained model as `task` builds it for one device."""
+        flat = jax.device_get(self.task.by_layer(state["params"]))
+        return assembled(task, flat, mesh.make())
+
+
+def blueprint(task: Task, over: Mesh) -> tuple[nnx.GraphDef, Any, Any]:
+    """The structure of a task's model, its parameters' shapes, and where they lie on a mesh."""
+    graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
+    shapes = nnx.to_pure_dict(shapes)
+    return graphdef, shapes, task.shardings(shapes, over)
+
+
+def assembled(task: Task, flat: dict[str, Any], over: Mesh) -> Any:
+    """The model of parameters by layer, on a mesh."""
+    graphdef, _, places = blueprint(task, over)
+    params = jax.jit(task.from_layers, out_shardings=places)(flat)
+
+    def others():  # decays by depth and the like; the parameters' draws are dead code
+        return nnx.split(task.build(nnx.Rngs(0)), nnx.Param, ...)[2]
+
+    rest = jax.jit(others, out_shardings=mesh.sharding(over))()
+    return nnx.merge(graphdef, params, rest)
 
 
 def build(
@@ -75,8 +96,8 @@ def compiled(
     """start(key) -> (state, rest), and the program without its `rest`; compiled when called."""
     how.check(dict(over.shape))
     task = task.on(over, how)
-    graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
-    transform = adamw(config, task.decayed(nnx.to_pure_dict(shapes)))
+    graphdef, shapes, params = blueprint(task, over)
+    transform = adamw(config, task.decayed(shapes))
 
     def first(key):
         model = task.build(nnx.Rngs(key))
@@ -103,7 +124,6 @@ def compiled(
 
     everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ENDS, "seq")
     blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0))
-    params = task.shardings(blank["params"], over)
     places = jax.tree.map(lambda _: everywhere, blank)
     places = like(places, blank["params"], lambda _: params)
     streams = mesh.sharding(over, None, mesh.ROWS)
@@ -111,7 +131,8 @@ def compiled(
     start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-    return start, Program(task, graphdef, None, step, jax.jit(on_mesh(score)), places, rows)
+    score = jax.jit(on_mesh(score), out_shardings=(everywhere, None))
+    return start, Program(task, graphdef, None, step, score, places, rows)
 
 
 def make_step(

@@ -12,21 +12,21 @@ if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.a
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, flags, metrics, plot
-from scanax.experiments.config import TrainConfig, differences, read, to_json
+from scanax.experiments import checkpoint, flags, hosts, metrics, plot
+from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
+from scanax.experiments.signals import signals
 from scanax.experiments.step import Place, Program, State, build, like
-from scanax.experiments.tasks import Batch
+from scanax.experiments.tasks import Rows
 from scanax.sharding import mesh, pipeline
 
 
@@ -45,12 +45,22 @@ class Run:
     """The step of the last checkpoint."""
     heldout: float | None = None
     """The held-out loss in it, if it was measured."""
-    stopped: Callable[[], bool] = lambda: False
-    """Whether the process was told to stop: the step under way is finished and saved."""
+    told: Callable[[], bool] = lambda: False
+    """Whether this process was told to stop."""
+    stopped: bool = False
+    """Whether any process was: the step under way is finished and saved."""
+
+    begun: float = 0.0
+    """The clock where the seconds were 0."""
 
     @property
     def part(self) -> float:
         return progress(self.config, self.step, self.seconds)
+
+    def look(self) -> None:
+        """At the clock and at who was told to stop; all processes find the same."""
+        seen = hosts.gather("look", [time.monotonic() - self.begun, self.told()])
+        self.seconds, self.stopped = seen[0][0], any(told for _, told in seen)
 
 
 def progress(config: TrainConfig, step: int, seconds: float) -> float:
@@ -64,29 +74,35 @@ class Stopped(Exception):
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: trained, or saved at a signal. 2: a flag or the text is wrong. 1: saving failed."""
-    with signals() as stopped:
+    """0: trained, or saved at a signal. 2: a flag or the text is wrong. 1: saving failed, or
+    another process.
+    """
+    run = None
+    with signals() as told:
         try:
             run = prepare(flags.train(sys.argv[1:] if args is None else args))
-        except (ValueError, OSError) as error:
-            print(f"train: {error}", file=sys.stderr)
-            return 2
-        run.stopped = stopped
-        try:
+            run.told = told
             train(run)
-        except ValueError as error:  # the text itself: a token outside the vocabulary, say
-            print(f"train: {error}", file=sys.stderr)
-            return 2
+            hosts.finish()
+        except ValueError as error:  # of a flag, or of the text: a token outside the vocabulary
+            return hosts.leave(error, 2)
         except (SaveError, OSError) as error:
-            print(f"train: {error}", file=sys.stderr)
-            return 1
+            return hosts.leave(error, 1 if run else 2)
+        except BaseException as error:  # of JAX, when another process is gone; or a mistake of ours
+            if not hosts.several():
+                raise
+            if not isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt):
+                traceback.print_exc()
+            return hosts.leave(error, 1)
     return 0
 
 
 def prepare(config: TrainConfig) -> Run:
     """Find out all that can be wrong with the flags; nothing but an empty folder is written."""
-    task, folder = config.task, config.folder
     mesh.emulate(config.emulate_devices)
+    hosts.start(config.hosts)
+    config = agreed(config)
+    task, folder = config.task, config.folder
     if config.steps is None and config.minutes is None:
         raise ValueError("neither --steps nor --minutes is given; training needs an end")
     if config.step is not None and not config.resume:
@@ -95,8 +111,8 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
     metrics.check(config)
     task.check()
-    batch = task.batches(config.seed, 0)
-    rows, time_steps = jax.tree.leaves(batch)[0].shape[:2]
+    row, rows = task.batches(config.seed, 0, slice(0, 1)), task.rows
+    time_steps = jax.tree.leaves(row)[0].shape[1]
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
     over = mesh.make(config.mesh)
@@ -111,16 +127,26 @@ def prepare(config: TrainConfig) -> Run:
     if config.resume:
         restore(run)
     # traced here, once for all steps, so that a model that cannot run is known now
+    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
     jax.eval_shape(program.step, run.state, program.rest, batch, np.float32(0))
-    folder.mkdir(parents=True, exist_ok=True)
+    hosts.share(folder)
     return run
+
+
+def agreed(config: TrainConfig) -> TrainConfig:
+    """The config with the folder that the first process chose. ValueError if other flags differ."""
+    theirs = from_json(hosts.gather("config", to_json(config))[0])
+    ours = dataclasses.replace(config, run=theirs.run, hosts=theirs.hosts)
+    if changes := differences(ours, theirs):
+        raise ValueError(f"other flags than process 0: {changes[0]}")
+    return ours
 
 
 def restore(run: Run) -> None:
     """Go on from a checkpoint of the run's folder; from the start if it was killed before one."""
     config, task, params = run.config, run.program.task, run.state["params"]
     for change in differences(config, read(config.folder / "config.json")):
-        if not change.startswith(("run is ", "resume is ", "step is ")):
+        if hosts.first() and not change.startswith(("run is ", "resume is ", "step is ", "hosts.")):
             print(f"train: resuming with {change}", file=sys.stderr)
     if not checkpoint.steps(config.folder):
         return
@@ -146,7 +172,7 @@ def train(run: Run) -> None:
     config, task, program = run.config, run.config.task, run.program
     board = metrics.start_wandb(config)  # first, for it may fail
     texts = {"config.json": json.dumps(to_json(config), indent=2), **task.files()}
-    for name, text in texts.items():
+    for name, text in texts.items() if hosts.first() else ():
         new = config.folder / f"{name}.new"
         new.write_text(text, "utf-8")
         os.replace(new, config.folder / name)  # whole, or the one of before
@@ -158,17 +184,21 @@ def train(run: Run) -> None:
         files=task.files(),
     )
     recorder = metrics.Recorder(config, run.step, run.part, board)
-    first, start = run.step, time.monotonic() - run.seconds
+    first, run.begun = run.step, time.monotonic() - run.seconds
     with recorder, trace(config) as tracing:
         due_now = run.part == 1 or due(run.step, config.validate_every)
         if run.saved and run.heldout is None and due_now:  # it was cut off when the run stopped
-            checkpoint.mark(config.folder, run.saved, validate(run, recorder))
-        while run.part < 1 and not run.stopped():
+            heldout = validate(run, recorder)
+            if hosts.first():
+                checkpoint.mark(config.folder, run.saved, heldout)
+        run.look()
+        while run.part < 1 and not run.stopped:
             tracing(run.step - first)
-            batch = jax.device_put(task.batches(config.seed, run.step), program.rows)
+            batch = spread(run, partial(task.batches, config.seed, run.step))
             rate = learning_rate(config.optimizer, run.step, run.part)
             run.state, numbers = program.step(run.state, program.rest, batch, np.float32(rate))
-            run.step, run.seconds = run.step + 1, time.monotonic() - start
+            run.step += 1
+            run.look()  # while the devices compute
             row = {"step": run.step, "seconds": run.seconds, "learning_rate": rate}
             recorder.step(row, numbers, run.part)
             if run.part == 1:
@@ -183,7 +213,14 @@ def train(run: Run) -> None:
     try:
         finish(run)
     except Stopped:
-        print(f"stopped; step {run.step} is saved and --resume goes on from it", file=sys.stderr)
+        if hosts.first():
+            at = f"step {run.step} is saved and --resume goes on from it"
+            print(f"stopped; {at}", file=sys.stderr)
+
+
+def spread(run: Run, rows: Rows) -> dict[str, jax.Array]:
+    """A batch over the mesh, of which this process makes its own rows."""
+    return mesh.spread(run.program.rows, run.config.task.rows, rows)
 
 
 def validate(run: Run, recorder: metrics.Recorder) -> float | None:
@@ -196,10 +233,11 @@ def validate(run: Run, recorder: metrics.Recorder) -> float | None:
     return heldout["loss"]
 
 
-def score(run: Run, batch: Batch, stream: Any) -> Any:
-    if run.stopped():
+def score(run: Run, rows: Rows, stream: Any) -> Any:
+    run.look()
+    if run.stopped:
         raise Stopped
-    return run.program.score(run.state["params"], run.program.rest, batch, stream)
+    return run.program.score(run.state["params"], run.program.rest, spread(run, rows), stream)
 
 
 def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | None = None) -> None:
@@ -214,11 +252,15 @@ def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | No
 def finish(run: Run) -> None:
     """Evaluate, draw the loss curve and print what the task has to say."""
     config, task = run.config, run.config.task
-    print("the last evaluation on held-out data", file=sys.stderr, flush=True)
+    if hosts.first():
+        print("the last evaluation on held-out data", file=sys.stderr, flush=True)
     heldout = task.evaluate(partial(score, run), final=True)
+    if not hosts.first():
+        return
     if config.plot:
         print(f"\nloss curve: {plot.loss_curve(config.folder, task.unit)}")
-    print(task.report(run.program.model(run.state), heldout, str(config.folder)), flush=True)
+    model = None if hosts.several() else run.program.model(run.state, task)
+    print(task.report(model, heldout, str(config.folder)), flush=True)
 
 
 def due(step: int, every: int) -> bool:
@@ -226,32 +268,9 @@ def due(step: int, every: int) -> bool:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come. A second one finds the handler of before, and ends the
-    process at once.
-    """
-    asked, before = [], {}
-    if threading.current_thread() is not threading.main_thread():  # only that one hears signals
-        yield lambda: False
-        return
-
-    def ask(kind, _):
-        asked.append(kind)
-        signal.signal(kind, before[kind])
-
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        before[kind] = signal.signal(kind, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextlib.contextmanager
 def trace(config: TrainConfig) -> Iterator[Callable[[int], None]]:
     """With --profile, a trace of this process's steps 5 to 10; told before each how many it did."""
-    wanted, running = config.profile, False
+    wanted, running = config.profile and hosts.first(), False
 
     def tell(done: int) -> None:
         nonlocal wanted, running

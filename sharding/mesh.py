@@ -11,8 +11,9 @@ Every mesh has all axes, those that are not named with one device, so that a Par
 The axes are Auto: XLA places what no constraint or shard_map does.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,12 @@ def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(
             f"mesh {text!r} has {wanted} devices, and there are {len(devices)}; "
             f"--emulate-devices {wanted} makes them of a CPU"
+        )
+    without = set(range(jax.process_count())) - {d.process_index for d in devices[:wanted]}
+    if without:
+        raise ValueError(
+            f"mesh {text!r} has {wanted} of {len(devices)} devices, and leaves process "
+            f"{min(without)} without any"
         )
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices[:wanted])
@@ -93,6 +100,33 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 def sharding(mesh: Mesh, *spec: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def spread(where: NamedSharding, count: int, make: Callable[..., Any]) -> dict[str, jax.Array]:
+    """A batch of `count` rows over a mesh; make(rows=slice) is asked for this process's rows only.
+
+    The devices of one process may hold several spans of rows; each is made once, with all of its
+    time, which is cut here.
+    """
+
+    @functools.cache
+    def made(first, last):
+        return make(rows=slice(first, last))
+
+    def part(name, index):
+        first, last, _ = index[0].indices(count)
+        return made(first, last)[name][:, *index[1:]]
+
+    # rows alone lie as in an array of rows alone, whatever the other axes
+    rows = NamedSharding(where.mesh, PartitionSpec(*where.spec[:1]))
+    (index,) = next(iter(rows.addressable_devices_indices_map((count,)).values()))
+    some = made(*index.indices(count)[:2])
+    return {
+        name: jax.make_array_from_callback(
+            (count, *x.shape[1:]), where, functools.partial(part, name), dtype=x.dtype
+        )
+        for name, x in some.items()
+    }
 
 
 def divide(what: str, number: int, *axes: str) -> None:

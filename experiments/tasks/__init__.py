@@ -14,8 +14,10 @@ Batch = dict[str, np.ndarray]
 Metrics = dict[str, Any]
 
 
-# `Task.loss` compiled, without its gradient: (batch, state) -> (metrics, state after the batch)
-Score = Callable[[Batch, Any], tuple[Metrics, Any]]
+# some rows of a batch, `rows=` says which: a process asks for those of its own devices only
+Rows = Callable[..., Batch]
+# `Task.loss` compiled, without its gradient: (the batch's rows, state) -> (metrics, state after it)
+Score = Callable[[Rows, Any], tuple[Metrics, Any]]
 
 
 @runtime_checkable
@@ -24,6 +26,8 @@ class Task(Protocol):
 
     unit: ClassVar[str]
     """What a batch's weight counts, in the plural."""
+    rows: int
+    """Rows of a batch."""
 
     def check(self) -> None:
         """Read what the flags name; raise a ValueError that says what is wrong with them."""
@@ -37,8 +41,8 @@ class Task(Protocol):
         """The model with its first parameters."""
         ...
 
-    def batches(self, seed: int, step: int) -> Batch:
-        """The arrays of a step, rows leading: a pure function, so resuming replays nothing."""
+    def batches(self, seed: int, step: int, rows: slice = slice(None)) -> Batch:
+        """Some rows of the arrays of a step: a pure function, so resuming replays nothing."""
         ...
 
     def init_state(self, model: Any) -> Any:
@@ -62,7 +66,7 @@ class Task(Protocol):
         ...
 
     def report(self, model: Any, heldout: dict[str, float], run: str) -> str:
-        """What is printed at the end of a run."""
+        """What is printed at the end of a run; no model where it lies over several processes."""
         ...
 
     def files(self) -> dict[str, str]:

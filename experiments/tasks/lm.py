@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,9 +82,9 @@ class LMTask:
     def build(self, rngs: nnx.Rngs) -> LM:
         return LM(self.model, rngs=rngs)
 
-    def batches(self, seed: int, step: int) -> Batch:
+    def batches(self, seed: int, step: int, rows: slice = texts.ALL) -> Batch:
         read = texts.streams if self.stream_state else texts.windows
-        return read(self.corpus.train, seed, step, batch=self.rows, length=self.length)
+        return read(self.corpus.train, seed, step, batch=self.rows, length=self.length, rows=rows)
 
     def init_state(self, model: LM) -> Any:
         if not self.stream_state:
@@ -114,7 +115,7 @@ class LMTask:
         for i in range(count):
             # a state needs batches that go on from each other; without one they are spread
             index = i if self.stream_state else i * available // count
-            metrics, state = score(texts.evaluation(source, index, **shape), state)
+            metrics, state = score(partial(texts.evaluation, source, index, **shape), state)
             total += float(metrics["loss"]) * float(metrics["weight"])
             weight += float(metrics["weight"])
         return {"loss": total / weight} | self._bits(total / weight, source)
@@ -151,11 +152,13 @@ class LMTask:
     def from_layers(self, flat: dict[str, Any]) -> Any:
         return from_layers(self.model, flat)
 
-    def report(self, model: LM, heldout: dict[str, float], run: str) -> str:
+    def report(self, model: LM | None, heldout: dict[str, float], run: str) -> str:
         """A sample, what to type next, and last how well held-out text is predicted."""
         lines = []
         tokenizer = self.corpus.tokenizer
-        if tokenizer is not None:
+        if model is None:
+            lines += ["no sample here: the model lies over several processes", ""]
+        elif tokenizer is not None:
             prompt = self.corpus.heldout.read(0, min(48, len(self.corpus.heldout)))
             generator = Generator(model)
             context = generator.start([prompt], len(prompt) + 250, seed=0, chunk=len(prompt))

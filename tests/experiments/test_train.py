@@ -44,11 +44,11 @@ def whole(texts, tmp_path_factory):
 def test_ten_steps_and_ten_more_are_twenty(texts, whole, tmp_path, monkeypatch):
     asked, real = [], LMTask.batches
 
-    def batches(task, seed, step):
+    def batches(task, seed, step, rows):
         if step == 9 and 9 not in asked:
             signal.raise_signal(signal.SIGTERM)
         asked.append(step)
-        return real(task, seed, step)
+        return real(task, seed, step, rows)
 
     monkeypatch.setattr(LMTask, "batches", batches)
     assert train.main(args(texts, tmp_path / "r", STREAM)) == 0
