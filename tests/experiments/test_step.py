@@ -24,6 +24,9 @@ class Root(Task):
 
     unit: ClassVar[str] = "numbers"
 
+    def on(self, over, how):
+        return self
+
     def build(self, rngs):
         model = nnx.Module()
         model.kernel = nnx.Param(jnp.ones((3,), jnp.float32))

@@ -223,4 +223,5 @@ def test_errors_name_what_would_do():
             y = jax.eval_shape(partial(ops.attention, window=3), x, x, x) if "r" in method[0] else x
         assert y.shape == x.shape
     with jax.set_mesh(mesh.make("data=2")), pytest.raises(ValueError, match="on a mesh yet"):
-        ops.attention(*3 * (x.repeat(2, 0),), kv_index=jnp.zeros((2, 24), jnp.int32))
+        index = jnp.zeros((2, 24), jnp.int32)
+        ops.attention(*3 * (x.repeat(2, 0),), kv_index=index, return_lse=True)
