@@ -66,14 +66,20 @@ def build(
     parts: int,
     over: Mesh | None = None,
     how: Schedule = PLAIN,
+    batch: Any = None,
 ) -> tuple[Program, State]:
     """The program of a task, and the state before the first step, on a mesh (None: one device).
 
     A batch's rows are taken in `parts` equal parts, one after the other; `how` says what is in
-    force on the mesh.
+    force on the mesh. With the shapes of a batch the step is traced, once for all, before anything
+    is compiled: a model that cannot run is known at once.
     """
     start, program = compiled(task, config, parts, mesh.make() if over is None else over, how)
-    state, rest = start(jax.random.key(seed))
+    key = jax.random.key(seed)
+    if batch is not None:
+        state, rest = jax.eval_shape(start, key)
+        jax.eval_shape(program.step, state, rest, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    state, rest = start(key)
     return program._replace(rest=rest), state
 
 

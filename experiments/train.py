@@ -122,13 +122,12 @@ def prepare(config: TrainConfig) -> Run:
             many = config.schedule.microbatches or over.shape["pipe"]
             pipeline.check(rows // config.accumulate, many)
     optimizer, parts = config.optimizer, config.accumulate
-    program, state = build(task, optimizer, config.seed, parts, over, config.schedule)
+    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
+    how = config.schedule
+    program, state = build(task, optimizer, config.seed, parts, over, how, batch)
     run = Run(config, program, state)
     if config.resume:
         restore(run)
-    # traced here, once for all steps, so that a model that cannot run is known now
-    batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
-    jax.eval_shape(program.step, run.state, program.rest, batch, np.float32(0))
     hosts.share(folder)
     return run
 

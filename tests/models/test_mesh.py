@@ -37,8 +37,9 @@ CASES = {
     "all over time": (ALL, "seq=8", PLAIN),
     "all over three": (ALL, "data=2,seq=2,tensor=2", Schedule(states="scan")),
     "collective matmul": (ALL, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
-    "fsdp": (UNTIED, "fsdp=8", PLAIN),
-    "heads and time": (UNTIED, "tensor=4,seq=2", PLAIN),
+    "rows": (UNTIED, "data=8", PLAIN),
+    "fsdp": (ALL, "fsdp=8", PLAIN),
+    "heads and time": (ALL, "tensor=4,seq=2", Schedule(attention="token-ring")),
     "a state that goes on": (STATES, "data=2,seq=4", Schedule(states="ring")),
 }
 

@@ -1,0 +1,77 @@
+"""XLA finds a way between where things lie: no array is made whole on every device on the way."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from scanax.experiments import step as steps
+from scanax.experiments.optimizer import OptimizerConfig
+from scanax.experiments.tasks.lm import LMTask
+from scanax.layers.gla import GLAConfig
+from scanax.layers.mamba2 import Mamba2Config
+from scanax.models import LMConfig
+from scanax.sharding import mesh
+from scanax.sharding.schedule import PLAIN, Schedule
+
+WARNING = "Involuntary full rematerialization"
+MODEL = LMConfig(
+    vocab=48,
+    width=32,
+    depth=4,
+    pattern="gla+swiglu,mamba2,attention+swiglu,mamba",
+    gla=GLAConfig(conv=4),
+    mamba2=Mamba2Config(head_width=8, state=4),
+    loss_chunk=40,
+)
+
+
+@contextlib.contextmanager
+def afresh():
+    """Programs are compiled, not taken from the cache, so that what XLA says is heard."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
+def test_a_bad_layout_would_be_heard(capfd):
+    over = mesh.make("data=2,seq=2,tensor=2")
+
+    def bad(x):
+        x = jnp.tanh(jax.lax.with_sharding_constraint(x, jax.P("tensor")))
+        return jax.lax.with_sharding_constraint(x, jax.P(None, "data", "seq"))
+
+    with jax.set_mesh(over), afresh():
+        jax.jit(bad).lower(jax.ShapeDtypeStruct((16, 16, 16), jnp.float32)).compile()
+    assert WARNING in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("over", "how"),
+    [
+        ("data=2,seq=2,tensor=2", PLAIN),
+        ("fsdp=2,seq=2,tensor=2", Schedule(matmul="ring", attention="ring")),
+        ("pipe=2,fsdp=2,tensor=2", PLAIN),
+    ],
+)
+def test_a_training_step_is_laid_out_well(over, how, capfd):
+    model = MODEL
+    if "pipe" in over:
+        model = LMConfig(**vars(MODEL) | {"pattern": "mamba2,attention+swiglu"})
+    task, made = LMTask(model=model, rows=16, length=32), mesh.make(over)
+    program, state = steps.abstract(task, OptimizerConfig(), 1, made, how)
+    kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct((16, 32), kind, sharding=program.rows)
+        for name, kind in kinds.items()
+    }
+    rate = jax.ShapeDtypeStruct((), np.float32)
+    with afresh():
+        program.step.lower(state, program.rest, batch, rate).compile()
+    assert WARNING not in capfd.readouterr().err
