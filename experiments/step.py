@@ -132,8 +132,9 @@ def compiled(
     blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0))
     places = jax.tree.map(lambda _: everywhere, blank)
     places = like(places, blank["params"], lambda _: params)
-    streams = mesh.sharding(over, None, mesh.ROWS)
-    places["stream"] = jax.tree.map(lambda _: streams, blank["stream"])
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blank["stream"])
+    streams = task.state_shardings(one, over)  # of one part
+    places["stream"] = jax.tree.map(lambda s: mesh.sharding(over, None, *s.spec), streams)
     start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))

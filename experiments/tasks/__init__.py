@@ -85,6 +85,10 @@ class Task(Protocol):
         """A tree like the parameters of where each lies on a mesh."""
         ...
 
+    def state_shardings(self, state: Any, over: Mesh) -> Any:
+        """A tree like the state of `init_state`, of where each part lies on a mesh."""
+        ...
+
     def by_layer(self, params: Any) -> dict[str, Any]:
         """Parameters under names that do not depend on how the model is run."""
         ...

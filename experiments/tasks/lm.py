@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ...models import LM, LMConfig, by_layer, decayed, from_layers
 from ...models.block import runs
-from ...models.partition import shardings
+from ...models.partition import shardings, state_shardings
 from ...models.pattern import parse
 from ...sharding.schedule import Schedule
 from .. import data as texts
@@ -145,6 +145,9 @@ class LMTask:
 
     def shardings(self, params: Any, over: Mesh) -> Any:
         return shardings(self.model, params, over)
+
+    def state_shardings(self, state: Any, over: Mesh) -> Any:
+        return state_shardings(state, over)
 
     def by_layer(self, params: Any) -> dict[str, Any]:
         return by_layer(self.model, params)

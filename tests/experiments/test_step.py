@@ -38,6 +38,9 @@ class Root(Task):
     def shardings(self, params, over):
         return jax.tree.map(lambda _: mesh.sharding(over), params)
 
+    def state_shardings(self, state, over):
+        return self.shardings(state, over)
+
     def decayed(self, params):
         return jax.tree.map(lambda _: True, params)
 
