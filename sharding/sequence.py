@@ -145,11 +145,12 @@ def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
     Groups that are fewer than the devices, and several, are repeated to one a head first.
     """
     groups, parts = x.shape[2], mesh.size("tensor")
+    whole, by_head = lying(x.shape[1])
     if groups == 1:
-        return x, TIME
+        return x, whole
     if groups % parts:
         x = jnp.repeat(x, heads // groups, axis=2)
-    return x, HEADS
+    return x, by_head
 
 
 def run_window(

@@ -191,8 +191,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_a_wrong_mesh_is_one_line(flag, runs, capsys, monkeypatch):
-    monkeypatch.setattr(mesh, "AXES", (*mesh.AXES, "pipe"))
+def test_a_wrong_mesh_is_one_line(flag, runs, capsys):
     common = ["--checkpoint", str(runs["window"]), *flag.split()]
     assert generate.main([*common, "--prompt", "a", "b"]) == 2
     assert re.fullmatch(rf"generate: .*{REFUSED[flag]}.*\n", capsys.readouterr().err)

@@ -119,3 +119,37 @@ def test_what_is_exchanged_is_one_summary_however_long_the_sequence(name):
         assert {kind: size for kind, size in expected.items() if size} == both
     forward = exchanged(op, shapes, time, final=True)
     assert forward["all-reduce"] == 2 * (DEVICES - 1) / DEVICES * state
+
+
+TPU = """HloModule step, is_scheduled=true, num_partitions=4
+
+%below (counter: (s32[], f32[4])) -> pred[] {
+  %counter = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %layers = s32[]{:T(128)} constant(24)
+  %i = s32[]{:T(128)} get-tuple-element(%counter), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %layers), direction=LT
+}
+
+%body (carry: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %carry = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %x = f32[4]{0:T(128)} get-tuple-element(%carry), index=1
+  %begun = f32[16]{0:T(128)} all-gather(%x), replica_groups={{0,1,2,3}}, metadata={chain_id="0"}
+  %ended = f32[16]{0:T(128)} all-gather(%x), replica_groups={{0,1,2,3}}, metadata={chain_id="0"}
+  %other = f32[16]{0:T(128)} all-gather(%x), replica_groups={{0,1,2,3}}
+  ROOT %next = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%i, %x)
+}
+
+ENTRY %main (start: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %start = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%start), condition=%below, body=%body
+}
+"""
+
+
+def test_a_tpus_loops_and_exchanges_in_pieces():
+    """Its compiler notes no trip counts, and spreads one exchange over several fusions."""
+    counted = hlo.count(TPU)
+    assert counted.unknown == 0
+    assert counted.calls == {"all-gather": 2 * 24}
+    assert counted.received == {"all-gather": 2 * 24 * 3 * 16}
+    assert hlo.count(TPU.replace("constant(24)", "parameter(1)")).unknown == 1
