@@ -135,6 +135,8 @@ def leave(error: BaseException, code: int) -> int:
     if several() and not _ending.acquire(blocking=False):
         threading.Event().wait()  # it is being ended by what another one said
     print(f"{who()}: {reason}", file=sys.stderr)
+    global _code
+    _code = code  # an abort from here on has nothing to add
     if several():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             said = json.dumps([code, f"process {global_state.process_id} ended: {reason}"])
