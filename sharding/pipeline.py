@@ -13,13 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from . import matmul, mesh
 
-ROUND = "the weights of one round"  # what the backward pass takes out of its stack again
+# What only moves numbers is done again for the backward pass: else each tick would keep a copy of
+# the weights that it took from their stack.
+MOVES = {"dynamic_slice", "gather", "slice", "squeeze", "reshape", "transpose", "broadcast_in_dim"}
+MOVES |= {"convert_element_type"}
 
 
 def ticks(stages: int, rounds: int, microbatches: int) -> int:
@@ -75,14 +77,14 @@ def run(
         a = jnp.moveaxis(a, 0, axis + 1)
         return a.reshape(*shape[0], shape[1] * microbatches, *shape[2])
 
-    @partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.save_anything_except_these_names(ROUND),
-        prevent_cse=False,
-    )
+    def kept(primitive, *_, **__):
+        return primitive.name not in MOVES
+
+    @partial(jax.checkpoint, policy=kept, prevent_cse=False)
     def one(weights, number, x, state, reset):
-        mine = jax.tree.map(lambda w: checkpoint_name(w[number], ROUND), weights)
-        return part(mine, x, state, reset)
+        if rounds == 1:  # no copy of them in every tick
+            return part(jax.tree.map(lambda w: w[0], weights), x, state, reset)
+        return part(jax.tree.map(lambda w: w[number], weights), x, state, reset)
 
     def local(weights, x, state, reset):
         here, last = jax.lax.axis_index("pipe"), stages - 1

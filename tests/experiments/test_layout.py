@@ -64,6 +64,13 @@ def test_a_training_step_is_laid_out_well(over, how, capfd):
     model = MODEL
     if "pipe" in over:
         model = LMConfig(**vars(MODEL) | {"pattern": "mamba2,attention+swiglu"})
+    with afresh():
+        compiled(model, over, how)
+    assert WARNING not in capfd.readouterr().err
+
+
+def compiled(model, over, how):
+    """A training step, and nothing allocated."""
     task, made = LMTask(model=model, rows=16, length=32), mesh.make(over)
     program, state = steps.abstract(task, OptimizerConfig(), 1, made, how)
     kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
@@ -72,6 +79,14 @@ def test_a_training_step_is_laid_out_well(over, how, capfd):
         for name, kind in kinds.items()
     }
     rate = jax.ShapeDtypeStruct((), np.float32)
-    with afresh():
-        program.step.lower(state, program.rest, batch, rate).compile()
-    assert WARNING not in capfd.readouterr().err
+    return program.step.lower(state, program.rest, batch, rate).compile()
+
+
+def test_no_tick_of_a_pipeline_keeps_the_weights_it_took():
+    model = LMConfig(vocab=8, width=256, depth=4, pattern="gla+swiglu", remat="full")
+    once, twice = (
+        compiled(model, "pipe=2", Schedule(rounds=rounds, microbatches=8)).memory_analysis()
+        for rounds in (1, 2)
+    )
+    weights = once.argument_size_in_bytes / 3  # beside Adam's two moments
+    assert twice.temp_size_in_bytes < once.temp_size_in_bytes + weights
