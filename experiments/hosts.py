@@ -148,16 +148,24 @@ def leave(error: BaseException, code: int) -> int:
 def finish() -> None:
     """End together, all done."""
     if several() and _ending.acquire(blocking=False):
-        gather("finish", None)
-        jax.distributed.shutdown()
+        try:
+            gather("finish", None)
+            jax.distributed.shutdown()
+        except BaseException:
+            _ending.release()  # there is something to say after all
+            raise
 
 
 def _told() -> None:
     """End this process when another one says that it ends."""
-    try:
-        code, why = json.loads(_client().blocking_key_value_get("scanax/end", LONG))
-    except jax.errors.JaxRuntimeError:  # the end of the run, or of process 0, which aborts
-        return
+    said = None
+    while said is None:
+        try:
+            said = _client().blocking_key_value_get("scanax/end", LONG)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):  # the run's end, or process 0's, which aborts
+                return
+    code, why = json.loads(said)
     if _ending.acquire(blocking=False):
         print(f"{who()}: {why}", file=sys.stderr)
         _exit(code)

@@ -62,7 +62,7 @@ def load(directory: str | Path, step: Step = None, over: Mesh | None = None) -> 
     over = mesh.make() if over is None else over
     _, shapes, places = blueprint(task, over)
     flat = jax.eval_shape(task.by_layer, shapes)
-    each = task.by_layer(jax.tree.map(Place, places))
+    each = task.by_layer(jax.tree.map(lambda where, x: Place(where, x.shape), places, shapes))
     wanted = {
         n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each[n].where) for n, x in flat.items()
     }

@@ -82,6 +82,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     task = dataclasses.replace(task, model=model, **changed)
     optimizer = flags.preset(config.preset).optimizer
     over = mesh.make(config.mesh, chips(config.topology))
+    with jax.set_mesh(over):
+        mesh.divide("length", task.length, "seq")
     program, state = steps.abstract(task, optimizer, 1, over, config.schedule)
     shape = (task.rows, task.length)
     kinds = {"tokens": np.int32, "targets": np.int32, "reset": bool, "weights": np.float32}
@@ -92,7 +94,10 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     rate = jax.ShapeDtypeStruct((), np.float32)
     traced = program.step.trace(state, program.rest, batch, rate)
     platforms = ("tpu",) if config.topology else None
-    compiled = traced.lower(lowering_platforms=platforms).compile()
+    try:
+        compiled = traced.lower(lowering_platforms=platforms).compile()
+    except jax.errors.JaxRuntimeError as error:  # it does not fit the chips' memory, say
+        raise ValueError(f"the step cannot be compiled: {str(error).splitlines()[0]}") from None
     counted, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
     return {
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),

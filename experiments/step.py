@@ -1,6 +1,7 @@
 """The one compiled training step: gradients of a batch in parts, an update, and what is skipped."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ class Program(NamedTuple):
     """score(params, rest, batch, stream) -> (metrics, stream)."""
     places: State
     """Where the state lies: a tree of shardings like it."""
+    named: Any
+    """named(state): its parameters, and what is like them, by layer, as a checkpoint has them."""
+    named_places: Any
+    """Where what `named` returns lies."""
     rows: NamedSharding
     """Where the arrays (rows, time) of a batch lie."""
 
@@ -135,11 +140,18 @@ def compiled(
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blank["stream"])
     streams = task.state_shardings(one, over)  # of one part
     places["stream"] = jax.tree.map(lambda s: mesh.sharding(over, None, *s.spec), streams)
+    each = jax.tree.map(lambda where, x: Place(where, x.shape), places, blank)
+    each = jax.tree.map(lambda place: place.where, like(each, blank["params"], task.by_layer))
+
+    def named(state):
+        return like(state, blank["params"], task.by_layer)
+
+    named = jax.jit(named, out_shardings=each)
     start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
     score = jax.jit(on_mesh(score), out_shardings=(everywhere, None))
-    return start, Program(task, graphdef, None, step, score, places, rows)
+    return start, Program(task, graphdef, None, step, score, places, named, each, rows)
 
 
 def make_step(
@@ -221,10 +233,21 @@ def like(state: State, example: Any, convert: Callable[[Any], Any]) -> State:
 
 
 class Place:
-    """Where an array lies; one of a stack's layers, where that one would."""
+    """Where an array of a shape lies; one of a stack's layers, where that one would.
 
-    def __init__(self, where: NamedSharding):
-        self.where = where
+    What the stack's own axis lies over (a pipeline's stages) then cuts the first that divides, so
+    that no device holds more than its share.
+    """
+
+    def __init__(self, where: NamedSharding, shape: tuple[int, ...]):
+        self.where, self.shape = where, shape
 
     def __getitem__(self, _: int) -> "Place":
-        return Place(NamedSharding(self.where.mesh, PartitionSpec(*self.where.spec[1:])))
+        sizes, shape = self.where.mesh.shape, self.shape[1:]
+        over, *spec = (*self.where.spec, *(None,) * (len(self.shape) - len(self.where.spec)))
+        for i, (axes, size) in enumerate(zip(spec, shape, strict=True)):
+            both = (*((axes,) if isinstance(axes, str) else axes or ()), over)
+            if over is not None and size % math.prod(sizes[axis] for axis in both) == 0:
+                spec[i] = both
+                break
+        return Place(NamedSharding(self.where.mesh, PartitionSpec(*spec)), shape)

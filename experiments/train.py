@@ -25,7 +25,7 @@ from scanax.experiments.config import TrainConfig, differences, from_json, read,
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
 from scanax.experiments.signals import signals
-from scanax.experiments.step import Place, Program, State, build, like
+from scanax.experiments.step import Program, State, build, like
 from scanax.experiments.tasks import Rows
 from scanax.sharding import mesh, pipeline
 
@@ -118,6 +118,7 @@ def prepare(config: TrainConfig) -> Run:
     over = mesh.make(config.mesh)
     with jax.set_mesh(over):
         mesh.check(rows // config.accumulate, time_steps, over=mesh.ENDS)
+        mesh.divide("length", time_steps, "seq")  # one token too
         if over.shape["pipe"] > 1:
             many = config.schedule.microbatches or over.shape["pipe"]
             pipeline.check(rows // config.accumulate, many)
@@ -143,17 +144,18 @@ def agreed(config: TrainConfig) -> TrainConfig:
 
 def restore(run: Run) -> None:
     """Go on from a checkpoint of the run's folder; from the start if it was killed before one."""
-    config, task, params = run.config, run.program.task, run.state["params"]
+    config, task = run.config, run.program.task
     for change in differences(config, read(config.folder / "config.json")):
         if hosts.first() and not change.startswith(("run is ", "resume is ", "step is ", "hosts.")):
             print(f"train: resuming with {change}", file=sys.stderr)
     if not checkpoint.steps(config.folder):
         return
-    saved = jax.eval_shape(lambda state: like(state, params, task.by_layer), run.state)
-    places = like(jax.tree.map(Place, run.program.places), params, task.by_layer)
+    saved = jax.eval_shape(run.program.named, run.state)
     run.state = {}  # its memory is needed
     wanted = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.where), saved, places
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        saved,
+        run.program.named_places,
     )
     found = checkpoint.restore(config.folder, wanted, config.step)
 
@@ -243,8 +245,7 @@ def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | No
     """A checkpoint of this step, unless it has one; log rows up to it are written first."""
     recorder.flush()
     if run.step != run.saved:
-        state = like(run.state, run.state["params"], run.program.task.by_layer)
-        saver.save(run.step, state, {"seconds": run.seconds}, metric=heldout)
+        saver.save(run.step, run.program.named(run.state), {"seconds": run.seconds}, metric=heldout)
         run.saved = run.step
 
 

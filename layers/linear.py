@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -36,7 +35,7 @@ def columns(x: Float[Array, "... D"], *linears: nnx.Linear) -> list[Array]:
     if not matmul.rings(x):
         return [x, *(linear(x) for linear in linears)]
     kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
-    x, found = matmul.by_columns(_product, x.astype(linears[0].dtype), kernels)
+    x, found = matmul.by_columns(x.astype(linears[0].dtype), kernels)
     return [x, *(_biased(linear, y) for linear, y in zip(linears, found, strict=True))]
 
 
@@ -44,15 +43,8 @@ def rows(linear: nnx.Linear, y: Float[Array, "... F"]) -> Float[Array, "... D"]:
     """linear(y): the projection back into the residual stream."""
     if not matmul.rings(y):
         return linear(y)
-    y = matmul.by_rows(_product, y.astype(linear.dtype), linear.kernel[...].astype(linear.dtype))
+    y = matmul.by_rows(y.astype(linear.dtype), linear.kernel[...].astype(linear.dtype))
     return _biased(linear, y.astype(linear.dtype))
-
-
-def _product(x, kernel):
-    dimensions = ((x.ndim - 1,), (0,)), ((), ())
-    exact = jnp.promote_types(jnp.float32, x.dtype)
-    kinds = {"precision": "highest", "preferred_element_type": exact}
-    return jax.lax.dot_general(x, kernel, dimensions, **kinds)
 
 
 def _biased(linear, y):

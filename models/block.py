@@ -117,16 +117,33 @@ def runs(config: LMConfig) -> tuple[Run, ...]:
             spans.append(range(layer, layer + 1))
     for layer in range(size, config.depth):
         if blueprint(layer) != blueprint(layer % size):
+            ours, theirs = _name(kinds[layer]), _name(kinds[layer % size])
+            if ours == theirs:
+                both = (abstract(config, kinds[i], i)[1] for i in (layer, layer % size))
+                ours += f" with {_difference(*both)}"
             raise ValueError(
                 f"pipe={stages} with rounds={rounds} makes parts of {size} blocks, which must be "
-                f"alike: block {layer} ({_name(kinds[layer])}) is not like block {layer % size} "
-                f"({_name(kinds[layer % size])})"
+                f"alike: block {layer} ({ours}) is not like block {layer % size} ({theirs})"
             )
     parts = [turn * stages + stage for stage in range(stages) for turn in range(rounds)]
     return tuple(
         Run(kinds[span.start], tuple(part * size + layer for part in parts for layer in span))
         for span in spans
     )
+
+
+def _difference(*states: Any) -> str:
+    """The first variable that one of two blocks lacks or has of another shape."""
+    shapes = []
+    for state in states:
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+        shapes.append(
+            {jax.tree_util.keystr(p, simple=True, separator="."): x.shape for p, x in leaves}
+        )
+    names = sorted(n for n in shapes[0] | shapes[1] if shapes[0].get(n) != shapes[1].get(n))
+    if not names:
+        return "another option"
+    return f"{names[0]} {shapes[0].get(names[0], 'missing')}"
 
 
 def _name(kind: Kind) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..layers.linear import Linear, flat_dot_general
@@ -16,6 +17,9 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
+BLOCK = "the output of a block"
+# A pipeline keeps the same of each block, by one policy for all that a stage does in a tick.
+PIPELINED = POLICIES | {"full": jax.checkpoint_policies.save_only_these_names(BLOCK)}
 
 
 class LM(nnx.Module):
@@ -23,8 +27,9 @@ class LM(nnx.Module):
 
     A state is a tuple with one entry a block, the mixer's own (None for attention that keeps no
     cache), whatever blocks are scanned together; batch is the leading axis of its leaves. A model
-    without a state starts fresh; `reset` marks the tokens before which everything is forgotten.
-    Nothing random happens inside yet, so no call takes a key.
+    without a state starts fresh; `reset` marks the tokens before which everything is forgotten. In
+    a pipeline only a call with a state returns one. Nothing random happens inside yet, so no call
+    takes a key.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -133,7 +138,8 @@ class LM(nnx.Module):
             return x, None if state is None else after, aux
 
         many = {"rounds": rounds, "microbatches": how.microbatches or stages}
-        x, after, aux = pipeline.run(part, variables, x, state, reset, **many)
+        policy = PIPELINED.get(self.config.remat)
+        x, after, aux = pipeline.run(part, variables, x, state, reset, policy=policy, **many)
         return x, [None] * len(structures) if after is None else after, aux
 
     def _part(self, structures, variables, x: Array, state: list | None, reset: Array | None):
@@ -152,9 +158,10 @@ class LM(nnx.Module):
         def body(x, layer):
             variables, state = layer
             x, state, aux = nnx.merge(graphdef, variables)(x, state, reset)
+            x = checkpoint_name(x, BLOCK)
             return mesh.constrain(x, mesh.ROWS, matmul.stream(x)), (state, aux)
 
-        if self.config.remat != "none":
+        if self.config.remat != "none" and self.config.pipeline == (1, 1):
             # the scan already keeps the recomputation from being merged with the first one
             body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=length == 1)
         if length == 1:

@@ -47,8 +47,12 @@ def attention(
     cached = k.shape[1] != q.shape[1] or any(how.get(name) is not None for name in CACHED)
     if cached or q.shape[1] == 1:
         more = sight | {"reset": reset, "return_lse": return_lse}
+        if not cached:  # one token sees itself
+            more["causal"] = True
         return decoding.attention(q, k, v, **more, **how)
     how = {name: value for name, value in how.items() if name not in CACHED}
+    if "dtype" in how:
+        raise ValueError("dtype is no option of attention on a mesh: it returns that of q")
     check(q, k, v, causal, window, reset, None, None, None, how.get("block"))
     method, zigzag, steps = route(*q.shape[:3], causal, window)
     (k, v), lying = zip(*(grouped(x, q.shape[2]) for x in (k, v)), strict=True)

@@ -45,12 +45,12 @@ def parse(text: str) -> dict[str, int]:
 def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first of `devices` (None: all there are). ValueError for too few."""
     sizes = parse(text)
-    devices = list(jax.devices() if devices is None else devices)
+    given, devices = devices is not None, list(jax.devices() if devices is None else devices)
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
+        advice = "" if given else f"; --emulate-devices {wanted} makes them of a CPU"
         raise ValueError(
-            f"mesh {text!r} has {wanted} devices, and there are {len(devices)}; "
-            f"--emulate-devices {wanted} makes them of a CPU"
+            f"mesh {text!r} has {wanted} devices, and there are {len(devices)}{advice}"
         )
     without = set(range(jax.process_count())) - {d.process_index for d in devices[:wanted]}
     if without:

@@ -52,12 +52,14 @@ def run(
     *,
     rounds: int,
     microbatches: int,
+    policy: Callable | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, Any]:
     """(y, state, aux): x through every part, part(weights, x, state, reset) -> (x, state, aux).
 
     Leaves of weights lead with stages * rounds * n, of state with stages * rounds * n, B, by stage,
     then by round; a part gets those of its n blocks. A state that is None stays None. `aux` is the
     mean over the microbatches, its leaves leading as the weights'. Rows lie over `mesh.ENDS`.
+    `policy` says what of a part is kept for the backward pass (None: all that is computed).
     """
     stages = mesh.size("pipe")
     check(x.shape[0], microbatches)
@@ -77,10 +79,10 @@ def run(
         a = jnp.moveaxis(a, 0, axis + 1)
         return a.reshape(*shape[0], shape[1] * microbatches, *shape[2])
 
-    def kept(primitive, *_, **__):
+    def computed(primitive, *_, **__):
         return primitive.name not in MOVES
 
-    @partial(jax.checkpoint, policy=kept, prevent_cse=False)
+    @partial(jax.checkpoint, policy=policy or computed, prevent_cse=False)
     def one(weights, number, x, state, reset):
         if rounds == 1:  # no copy of them in every tick
             return part(jax.tree.map(lambda w: w[0], weights), x, state, reset)
@@ -88,9 +90,11 @@ def run(
 
     def local(weights, x, state, reset):
         here, last = jax.lax.axis_index("pipe"), stages - 1
-        x, reset = jax.tree.map(
-            partial(jax.lax.all_gather, axis_name="pipe", tiled=True), (x, reset)
-        )
+        # float32, for XLA's CPU compiler dies of sums in bfloat16 here, and the gradient is one
+        dtype, exact = x.dtype, jnp.promote_types(jnp.float32, x.dtype)
+        whole = partial(jax.lax.all_gather, axis_name="pipe", tiled=True)
+        x, reset = jax.tree.map(whole, (x.astype(exact), reset))
+        x = x.astype(dtype)
         weights = jax.tree.map(lambda w: w.reshape(rounds, -1, *w.shape[1:]), weights)
         # (rounds, microbatches, n, rows, ...)
         state = jax.tree.map(lambda s: cut(s.reshape(rounds, -1, *s.shape[1:]), 2), state)
@@ -121,8 +125,8 @@ def run(
         steps = jnp.arange(ticks(stages, rounds, microbatches), dtype=jnp.int32)
         (_, y, state, aux), _ = jax.lax.scan(tick, carry, steps)
         # the last stage's outputs, each stage a share of the microbatches
-        y = jnp.where(here == last, y, 0)
-        y = jax.lax.psum_scatter(y, "pipe", scatter_dimension=0, tiled=True)
+        y = jnp.where(here == last, y, 0).astype(exact)
+        y = jax.lax.psum_scatter(y, "pipe", scatter_dimension=0, tiled=True).astype(dtype)
         state = jax.tree.map(lambda s: joined(jnp.moveaxis(s, 1, 0), 2), state)
         state = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), state)
         aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]) / microbatches, aux)

@@ -110,3 +110,14 @@ def test_a_pipeline_that_cannot_be_is_said_in_a_line(more, says, texts, tmp_path
     assert train.main(command) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == f"train: {says}"
     assert not (tmp_path / "r").exists()
+
+
+def test_a_stage_holds_no_other_ones_blocks_while_it_saves(texts, tmp_path):
+    blocks = "--model.pattern gla --model.depth 4 --model.tie-head "
+    run = train.prepare(
+        flags.train([*args(texts, tmp_path / "r", blocks), "--steps", "1", "--mesh", "pipe=4"])
+    )
+    saved = run.program.named(run.state)["params"]
+    for name, x in saved.items():
+        if x.ndim == 2 and name.startswith("layers."):
+            assert {s.data.size for s in x.addressable_shards} == {x.size // 4}, name

@@ -41,6 +41,9 @@ class Root(Task):
     def state_shardings(self, state, over):
         return self.shardings(state, over)
 
+    def by_layer(self, params):
+        return params
+
     def decayed(self, params):
         return jax.tree.map(lambda _: True, params)
 

@@ -35,7 +35,12 @@ CASES = {  # pattern, mesh, schedule, whether a state goes on
     "mamba2": ("mamba2", "pipe=4,data=2", Schedule(), True),
     "aaren": ("aaren+gelu", "pipe=4,data=2", Schedule(), False),
     "attention": ("attention+swiglu", "pipe=4,data=2", Schedule(), False),
-    "hybrid": ("mamba2,attention+swiglu", "pipe=2,seq=2,tensor=2", Schedule(microbatches=4), False),
+    "hybrid": (
+        "mamba2,attention+swiglu",
+        "pipe=2,seq=2,tensor=2",
+        Schedule(microbatches=4, matmul="ring", attention="ring"),
+        False,
+    ),
     "rounds": ("gla", "pipe=2,seq=2,tensor=2", Schedule(rounds=2, microbatches=4), True),
     "rounds, fsdp": ("mamba", "pipe=2,fsdp=2,tensor=2", Schedule(rounds=2), False),
 }
@@ -73,7 +78,8 @@ def test_a_pipeline_changes_nothing(case):
             plain, lightning=dataclasses.replace(plain.lightning, lrpe_layers=0)
         )
     over = mesh.make(text)
-    config = staged(plain, over, how)
+    remat = {"rounds": "full", "hybrid": "dots"}.get(case, "none")
+    config = dataclasses.replace(staged(plain, over, how), remat=remat)
     params, both, model = program(plain)
     carried = None
     if streams:
@@ -90,6 +96,20 @@ def test_a_pipeline_changes_nothing(case):
     assert len(state) == 4
     if streams:
         close(list(state), list(true_state), 1e-5)
+
+
+def test_a_bfloat16_stream():
+    plain = dataclasses.replace(BASE, pattern="mamba2", dtype="bfloat16", residual_float32=False)
+    over = mesh.make("pipe=2,tensor=2")
+    config = dataclasses.replace(plain, pipeline=(2, 1))
+    params, both, _ = program(plain)
+    (true, _), true_grads = both(params, *data(), None)
+    drawn, both, _ = program(config)
+    placed = jax.device_put(drawn, shardings(config, drawn, over))
+    with jax.set_mesh(over), schedule.using(Schedule(matmul="ring")):
+        (value, _), grads = both(placed, *data(), None)
+    close(value, true, 5e-3)
+    close(by_layer(config, grads), by_layer(plain, true_grads), 0.1)  # of numbers of 8 bits
 
 
 @pytest.mark.parametrize(("stages", "rounds", "many"), [(4, 1, 4), (4, 1, 8), (4, 3, 8), (2, 4, 6)])
@@ -147,6 +167,11 @@ def test_a_checkpoints_names_do_not_know_of_stages():
             "gla*3,mamba+gelu",
             (4, 1),
             r"parts of 2 blocks, which must be alike: block 3 \(mamba\+gelu\) is not like block 1 ",
+        ),
+        (
+            "lightning+glu",
+            (2, 1),
+            r"block 4 \(lightning\+glu with mixer.theta missing\) is not like block 0 \(lightning",
         ),
     ],
 )

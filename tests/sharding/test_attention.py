@@ -217,11 +217,15 @@ def test_errors_name_what_would_do():
         ("seq=8", "ulysses", heads),
         ("seq=4,tensor=2", "ulysses", shared),
     ):
-        with jax.set_mesh(mesh.make(over)), using(Schedule(attention=method)):
-            with pytest.raises(ValueError, match=words):
-                ops.attention(x, x, x)
-            y = jax.eval_shape(partial(ops.attention, window=3), x, x, x) if "r" in method[0] else x
+        how = using(Schedule(attention=method))
+        with jax.set_mesh(mesh.make(over)), how, pytest.raises(ValueError, match=words):
+            ops.attention(x, x, x)
+    for method in ("ring", "token-ring"):  # a window needs no zigzag
+        with jax.set_mesh(mesh.make("seq=8")), using(Schedule(attention=method)):
+            y = jax.eval_shape(partial(ops.attention, window=3), x, x, x)
         assert y.shape == x.shape
+    with jax.set_mesh(mesh.make("seq=8")), pytest.raises(ValueError, match="dtype is no option"):
+        ops.attention(x, x, x, dtype=jnp.float32)
     with jax.set_mesh(mesh.make("data=2")), pytest.raises(ValueError, match="on a mesh yet"):
         index = jnp.zeros((2, 24), jnp.int32)
         ops.attention(*3 * (x.repeat(2, 0),), kv_index=index, return_lse=True)
