@@ -114,13 +114,14 @@ class LM(nnx.Module):
             x = x * jnp.asarray(config.width**0.5, stream)
         x = mesh.constrain(x, mesh.ENDS, matmul.stream(x))
         order = [run.layers for run in runs(config)]
+        given = None
         if state is not None:
-            state = [_stack([state[layer] for layer in layers]) for layers in order]
+            given = [_stack([state[layer] for layer in layers]) for layers in order]
         structures, variables = zip(*map(nnx.split, self.blocks), strict=True)
         if config.pipeline == (1, 1):
-            x, states, aux = self._part(structures, variables, x, state, reset)
+            x, states, aux = self._part(structures, variables, x, given, reset)
         else:
-            x, states, aux = self._pipeline(structures, variables, x, state, reset)
+            x, states, aux = self._pipeline(structures, variables, x, given, reset)
         each = {}
         for layers, after in zip(order, states, strict=True):
             each |= {layer: _layer(after, i) for i, layer in enumerate(layers)}

@@ -119,7 +119,8 @@ def spread(where: NamedSharding, count: int, make: Callable[..., Any]) -> dict[s
 
     # rows alone lie as in an array of rows alone, whatever the other axes
     rows = NamedSharding(where.mesh, PartitionSpec(*where.spec[:1]))
-    (index,) = next(iter(rows.addressable_devices_indices_map((count,)).values()))
+    indices: Any = rows.addressable_devices_indices_map((count,))
+    (index,) = next(iter(indices.values()))
     some = made(*index.indices(count)[:2])
     return {
         name: jax.make_array_from_callback(
