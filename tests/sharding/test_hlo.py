@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scanax.kernels.monoid import DECAY
+from scanax.layers.conv import ShortConv
 from scanax.sharding import hlo, mesh, ops, sequence
 
 ROWS, DEVICES = 2, 8
@@ -119,6 +121,25 @@ def test_what_is_exchanged_is_one_summary_however_long_the_sequence(name):
         assert {kind: size for kind, size in expected.items() if size} == both
     forward = exchanged(op, shapes, time, final=True)
     assert forward["all-reduce"] == 2 * (DEVICES - 1) / DEVICES * state
+
+
+def test_a_convolution_tells_its_neighbour_its_last_inputs():
+    """Forward and backward B (taps - 1) D numbers each, however long the sequence."""
+    conv, weights = nnx.split(ShortConv(12, 4, bias=False, rngs=nnx.Rngs(0)))
+    for time in (64, 1024):
+        x = jax.ShapeDtypeStruct((ROWS, time, 12), jnp.float32)
+        reset = jax.ShapeDtypeStruct((ROWS, time), bool)
+
+        def forward(x, reset):
+            return nnx.merge(conv, weights)(x, None, reset)[0]
+
+        def both(x, reset):
+            return jax.grad(lambda x: jnp.sin(forward(x, reset)).sum())(x)
+
+        for call, times in ((forward, 1), (both, 2)):
+            with jax.set_mesh(mesh.make(f"seq={DEVICES}")):
+                text = jax.jit(call).lower(x, reset).compile().as_text()
+            assert hlo.count(text).received == {"collective-permute": times * ROWS * 3 * 12 * 4}
 
 
 TPU = """HloModule step, is_scheduled=true, num_partitions=4
