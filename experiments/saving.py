@@ -154,6 +154,8 @@ class Saver:
         for path in self.directory.glob(f"{step}.saving*"):
             shutil.rmtree(path, ignore_errors=True)
         reason = f"{type(error).__name__}: {error}"
+        if "CoordinationServiceError" in reason:  # of Orbax's barrier
+            reason = "another process ended while all were writing it"
         if getattr(error, "errno", None) in _FULL or any(t in str(error) for t in _FULL.values()):
             reason = (
                 "the disk is full or a file size limit was reached (the arrays take "
