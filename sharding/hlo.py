@@ -201,5 +201,9 @@ def wire(kind: str, one: Instruction, types: dict[str, str], everyone: int) -> f
 def group(one: Instruction, everyone: int) -> int:
     """How many devices a collective is among; all of them where it does not say."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", one.attributes)
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", one.attributes)
+    if named:  # by axes, as jax 0.12 has it
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", one.attributes)
     return len(listed[1].split(",")) if listed else int(iota[1]) if iota else everyone
