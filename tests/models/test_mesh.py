@@ -19,6 +19,7 @@ from scanax.models.partition import shardings, specs, state_shardings
 from scanax.sharding import mesh, schedule
 from scanax.sharding.schedule import PLAIN, Schedule
 from support.compare import close
+from support.programs import program
 
 B, T = 8, 64
 ALL = LMConfig(
@@ -50,17 +51,6 @@ def data():
     reset = rng.random((B, T)) < 0.05
     reset[0, [8, 31, 32]] = reset[1, 0] = True
     return tokens, targets, reset
-
-
-def program(config):
-    graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
-
-    def loss(params, tokens, targets, reset, state):
-        model = merge(graphdef, params, rest)
-        nll, state, _ = model.nll(tokens, targets, state=state, reset=reset)
-        return nll.mean(), (nll, state)
-
-    return params, jax.jit(jax.value_and_grad(loss, has_aux=True)), merge(graphdef, params, rest)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,12 +10,13 @@ from flax import nnx
 from scanax.layers.attention import AttentionConfig
 from scanax.layers.gla import GLAConfig
 from scanax.layers.mamba2 import Mamba2Config
-from scanax.models import LM, LMConfig, by_layer, from_layers, merge, split
+from scanax.models import LM, LMConfig, by_layer, from_layers, split
 from scanax.models.block import runs
 from scanax.models.partition import shardings
 from scanax.sharding import hlo, mesh, pipeline, schedule
 from scanax.sharding.schedule import Schedule
 from support.compare import close
+from support.programs import program
 
 B, T = 8, 16
 BASE = LMConfig(
@@ -52,17 +53,6 @@ def data():
     reset = rng.random((B, T)) < 0.1
     reset[0, [7, 8]] = reset[1, 0] = True
     return tokens, targets, reset
-
-
-def program(config):
-    graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
-
-    def loss(params, tokens, targets, reset, state):
-        model = merge(graphdef, params, rest)
-        nll, state, _ = model.nll(tokens, targets, state=state, reset=reset)
-        return nll.mean(), (nll, state)
-
-    return params, jax.jit(jax.value_and_grad(loss, has_aux=True)), merge(graphdef, params, rest)
 
 
 def staged(config, over, how):
