@@ -38,8 +38,8 @@ class TrainConfig(Generic[T]):
     """Minutes of wall clock to train for, compilation and validation included. The learning rate
     follows whichever of steps and minutes is further on."""
     mesh: str = ""
-    """Devices by axis, as data=2,seq=4: data and fsdp (rows; fsdp also the parameters), seq (time),
-    tensor (heads and features), pipe (blocks). If empty, one device."""
+    """Devices by axis, as data=2,seq=4: data, expert and fsdp (rows; fsdp also the parameters),
+    seq (time), tensor (heads and features), pipe (blocks). If empty, one device."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How what lies over a mesh is exchanged."""
     emulate_devices: int = 0

@@ -50,8 +50,8 @@ class EvaluateConfig:
     plot: bool = True
     """Draw loss_by_position.png (package matplotlib, extra `train`)."""
     mesh: str = ""
-    """Devices by axis, as data=2,seq=4: data and fsdp (rows; fsdp also the parameters), seq (time),
-    tensor (heads and features). If empty, one device."""
+    """Devices by axis, as data=2,seq=4: data, expert and fsdp (rows; fsdp also the parameters),
+    seq (time), tensor (heads and features). If empty, one device."""
     emulate_devices: int = 0
     """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
 

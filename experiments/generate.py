@@ -58,8 +58,9 @@ class GenerateConfig:
     load_state: str | None = None
     """A file of --save-state to go on from; --prompt is then read after it, and may be left out."""
     mesh: str = ""
-    """Devices by axis, as data=2,seq=4: data and fsdp (prompts; fsdp also the parameters), seq
-    (tokens of prompts and attention's caches), tensor (heads and features). If empty, one."""
+    """Devices by axis, as data=2,seq=4: data, expert and fsdp (prompts; fsdp also the
+    parameters), seq (tokens of prompts and attention's caches), tensor (heads and features). If
+    empty, one device."""
     emulate_devices: int = 0
     """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
 

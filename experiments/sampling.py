@@ -95,7 +95,7 @@ def left_padded(prompts: Sequence[np.ndarray], multiple: int = 1) -> tuple[np.nd
 class Generator:
     """The compiled functions of one model. A context that is given to one of them is used up.
 
-    On a mesh (None: the first device) rows lie over `data` and `fsdp`, prompts and attention's
+    On a mesh (None: the first device) rows lie over `mesh.ROWS`, prompts and attention's
     caches over `seq`, heads over `tensor`.
     """
 

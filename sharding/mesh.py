@@ -3,6 +3,7 @@
 Every mesh has all axes, those that are not named with one device, so that a PartitionSpec fits any:
 
     data      rows of a batch
+    expert    rows, and the experts of a mixture
     fsdp      rows, and parameters between their uses
     seq       time
     tensor    heads, features and the vocabulary
@@ -19,8 +20,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES: tuple[str, ...] = ("pipe", "data", "fsdp", "seq", "tensor")
-ROWS = ("data", "fsdp")  # the axes that a batch's rows lie over inside a block
+AXES: tuple[str, ...] = ("pipe", "data", "expert", "fsdp", "seq", "tensor")
+ROWS = ("data", "expert", "fsdp")  # the axes that a batch's rows lie over inside a block
 ENDS = (*ROWS, "pipe")  # and outside: the embedding and the loss are shared by all stages
 
 

@@ -1,6 +1,7 @@
 """XLA finds a way between where things lie: no array is made whole on every device on the way."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from scanax.experiments import step as steps
-from scanax.experiments.optimizer import OptimizerConfig
+from scanax.experiments.optimizer import OptimizerConfig, adamw
 from scanax.experiments.tasks.lm import LMTask
 from scanax.layers.gla import GLAConfig
 from scanax.layers.mamba2 import Mamba2Config
@@ -103,3 +104,36 @@ def test_no_tick_of_a_pipeline_keeps_the_weights_it_took():
     )
     weights = once.argument_size_in_bytes / 3  # beside Adam's two moments
     assert twice.temp_size_in_bytes < once.temp_size_in_bytes + weights
+
+
+@pytest.mark.parametrize("over", ["fsdp=2,seq=2,tensor=2", "pipe=2,expert=2,fsdp=2"])
+def test_gradients_are_cut_as_their_parameters(over, monkeypatch):
+    """Where XLA has them within the step, when the optimizer takes them."""
+    lying = {}
+
+    def heard(config, decayed):
+        inner = adamw(config, decayed)
+
+        def update(grads, state, params):
+            for path, x in jax.tree.leaves_with_path(grads):
+                jax.debug.inspect_array_sharding(
+                    x, callback=functools.partial(lying.setdefault, path)
+                )
+            return inner.update(grads, state, params)
+
+        return inner._replace(update=update)
+
+    monkeypatch.setattr(steps, "adamw", heard)
+    model = LMConfig(**vars(MODEL) | {"pattern": "mamba2,attention+swiglu"})
+    with afresh():
+        compiled(model, over, PLAIN)
+    made = mesh.make(over)
+    task = LMTask(model=model, rows=16, length=32).on(made, PLAIN)
+    _, shapes, places = steps.blueprint(task, made)
+    cut = 0
+    for (path, x), place in zip(
+        jax.tree.leaves_with_path(shapes), jax.tree.leaves(places), strict=True
+    ):
+        assert lying[path].shard_shape(x.shape) == place.shard_shape(x.shape), path
+        cut += place.shard_shape(x.shape) != x.shape
+    assert cut > len(lying) / 2

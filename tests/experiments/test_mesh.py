@@ -28,7 +28,7 @@ def lying(run):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-@pytest.mark.parametrize("over", ["data=2,seq=2,tensor=2", "fsdp=2,seq=4"])
+@pytest.mark.parametrize("over", ["data=2,seq=2,tensor=2", "expert=2,fsdp=2,seq=2"])
 def test_ten_steps_are_those_of_one_device(over, alone, texts, tmp_path):
     run = train.prepare(
         flags.train([*args(texts, tmp_path / "r", STREAMING), "--steps", "10", "--mesh", over])

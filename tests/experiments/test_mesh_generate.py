@@ -184,7 +184,7 @@ REFUSED = {
     "--mesh seq=16": "mesh 'seq=16' has 16 devices, and there are 8",
     "--mesh tensor=8": "heads=4 does not divide over tensor=8 devices; 8 would",
     "--mesh stage=2": "'stage=2' is not AXIS=N",
-    "--mesh pipe=2": "mesh pipe=2: only data, fsdp, seq, tensor are used here",
+    "--mesh pipe=2": "mesh pipe=2: only data, expert, fsdp, seq, tensor are used here",
     "--emulate-devices -1": "emulate_devices=-1; it must be at least 0",
     "--emulate-devices 9": "emulate_devices=9, but JAX already runs on 8 devices",
 }

@@ -152,7 +152,6 @@ BAD = {
     "--mesh seq=5": "length=12 does not divide over seq=5 devices; 10 or 15 would",
     "--mesh data=4 --accumulate 4": "rows=1 does not divide over data=4 devices; 4 would",
     "--mesh data=4 --accumulate 2 --stream-state": "rows=2 does not divide over data=4 devices",
-    "--mesh expert=2": "'expert=2' is not AXIS=N",
     "--mesh tensor=8": "does not divide over tensor=8",
     "--step 3": "--step 3 goes with --resume",
     "--seed 2147483648": "seed=2147483648.*2147483648",
