@@ -84,6 +84,11 @@ def _client() -> Any:
     return global_state.client
 
 
+def cut_off(reason: str) -> str:
+    """What to say of an error of a computation that other processes may have a part in."""
+    return f"a computation failed, as it does when another process ends: {reason.splitlines()[0]}"
+
+
 _turns: dict[str, int] = {}
 
 
@@ -130,8 +135,7 @@ def leave(error: BaseException, code: int) -> int:
     """Say why this process ends, and end the others with it; the exit code."""
     reason = str(error) or type(error).__name__
     if isinstance(error, jax.errors.JaxRuntimeError):
-        first_line = reason.splitlines()[0]
-        reason = f"a computation failed, as it does when another process ends: {first_line}"
+        reason = cut_off(reason)
     if several() and not _ending.acquire(blocking=False):
         threading.Event().wait()  # it is being ended by what another one said
     print(f"{who()}: {reason}", file=sys.stderr)

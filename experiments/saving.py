@@ -156,6 +156,8 @@ class Saver:
         reason = f"{type(error).__name__}: {error}"
         if "CoordinationServiceError" in reason:  # of Orbax's barrier
             reason = "another process ended while all were writing it"
+        elif "gloo" in reason.lower() or isinstance(error, jax.errors.JaxRuntimeError):
+            reason = hosts.cut_off(reason) if hosts.several() else reason
         if getattr(error, "errno", None) in _FULL or any(t in str(error) for t in _FULL.values()):
             reason = (
                 "the disk is full or a file size limit was reached (the arrays take "
