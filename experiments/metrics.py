@@ -48,6 +48,12 @@ def read(folder: Path) -> list[Row]:
     return rows
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return value if math.isfinite(value) else None
+
+
 class Log:
     """One row a step, in every place that the config asks for; what is not finite is null.
 
@@ -72,8 +78,8 @@ class Log:
             raise OSError(f"the log of {self.folder} cannot be written: {error.strerror}") from None
 
     def _write(self, row: Row) -> None:
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        numbers = {k: v for k, v in row.items() if k != "step"}
+        finite = {k: _finite(v) for k, v in row.items()}
+        numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, list)}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.board is not None:
@@ -184,7 +190,7 @@ class Recorder:
         if self.waiting is None:
             return
         (row, numbers, part), self.waiting = self.waiting, None
-        row |= {name: value.item() for name, value in jax.device_get(numbers).items()}
+        row |= {name: value.tolist() for name, value in jax.device_get(numbers).items()}
         if self.log is None:
             return
         row |= {self.unit: row.pop("weight")} | self.config.task.derived(row["loss"])

@@ -91,8 +91,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         name: jax.ShapeDtypeStruct(shape, kind, sharding=program.rows)
         for name, kind in kinds.items()
     }
-    rate = jax.ShapeDtypeStruct((), np.float32)
-    traced = program.step.trace(state, program.rest, batch, rate)
+    traced = program.step.trace(state, program.rest, batch, *steps.SCALARS)
     platforms = ("tpu",) if config.topology else None
     try:
         compiled = traced.lower(lowering_platforms=platforms).compile()

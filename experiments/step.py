@@ -19,6 +19,9 @@ from .tasks import Task
 State = dict[str, Any]  # params, optimizer, stream (what the model carries over), skipped (a count)
 
 
+SCALARS = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+
 class Program(NamedTuple):
     """Compiled functions, and the model's variables that are not trained."""
 
@@ -27,7 +30,9 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     rest: Any
     step: Any
-    """step(state, rest, batch, rate) -> (state, metrics); the state that went in is used up."""
+    """step(state, rest, batch, rate, draw) -> (state, metrics); the state that went in is used up.
+    draw: the seed and the number of the step, uint32, of which all that is random in it follows.
+    """
     score: Any
     """score(params, rest, batch, stream) -> (metrics, stream)."""
     places: State
@@ -83,7 +88,7 @@ def build(
     key = jax.random.key(seed)
     if batch is not None:
         state, rest = jax.eval_shape(start, key)
-        jax.eval_shape(program.step, state, rest, batch, jax.ShapeDtypeStruct((), jnp.float32))
+        jax.eval_shape(program.step, state, rest, batch, *SCALARS)
     state, rest = start(key)
     return program._replace(rest=rest), state
 
@@ -166,34 +171,40 @@ def make_step(
     A step whose loss or gradient norm is not finite changes nothing but the count of those skipped.
     """
 
-    def step(state, rest, batch, rate):
-        def loss(params, batch, stream):
+    def step(state, rest, batch, rate, draw):
+        seed, number = draw
+        key = jax.random.fold_in(jax.random.key(seed), number)
+
+        def loss(params, batch, stream, number):
             model = nnx.merge(graphdef, params, rest)
-            value, (stream, metrics) = task.loss(model, batch, stream)
+            one = jax.random.fold_in(key, number)
+            value, (stream, metrics) = task.loss(model, batch, stream, one)
             weight = metrics["weight"]
             sums = {k: v if k == "weight" else v * weight for k, v in metrics.items()}
             return value * weight, (sums, stream)
 
-        def part(batch, stream):
-            grads, (sums, stream) = jax.grad(loss, has_aux=True)(state["params"], batch, stream)
+        def part(*inputs):
+            grads, (sums, stream) = jax.grad(loss, has_aux=True)(state["params"], *inputs)
             grads = jax.lax.with_sharding_constraint(grads, places)
             return (grads, sums), stream
 
         batches = jax.tree.map(
             lambda x: mesh.constrain(x, None, mesh.ENDS, "seq"), split_rows(batch, parts)
         )
+        numbers = jnp.arange(parts, dtype=jnp.uint32)
         if parts == 1:
-            one = jax.tree.map(lambda x: x[0], (batches, state["stream"]))
+            one = jax.tree.map(lambda x: x[0], (batches, state["stream"], numbers))
             total, stream = part(*one)
             stream = jax.tree.map(lambda x: x[None], stream)
         else:
-            total, stream = add_up(part, batches, state["stream"])
+            total, stream = add_up(part, batches, state["stream"], numbers)
         weight = total[1].pop("weight")
         grads, metrics = jax.tree.map(lambda x: x / weight, total)
 
         norm = optax.tree.norm(grads)
         updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state["params"], updates)
+        params = task.settled(params, metrics)
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         new = {"params": params, "optimizer": optimizer, "stream": stream}
         old = {name: state[name] for name in new}

@@ -197,7 +197,8 @@ def train(run: Run) -> None:
             tracing(run.step - first)
             batch = spread(run, partial(task.batches, config.seed, run.step))
             rate = learning_rate(config.optimizer, run.step, run.part)
-            run.state, numbers = program.step(run.state, program.rest, batch, np.float32(rate))
+            now = np.float32(rate), np.array([config.seed, run.step], np.uint32)
+            run.state, numbers = program.step(run.state, program.rest, batch, *now)
             run.step += 1
             run.look()  # while the devices compute
             row = {"step": run.step, "seconds": run.seconds, "learning_rate": rate}

@@ -8,7 +8,8 @@ Read `monoid` first: every operation is one monoid, and an implementation is a s
 """
 
 from .attention import attention, fixed_query
+from .grouped_matmul import grouped_matmul
 from .linear_attention import linear_attention
 from .selective_scan import selective_scan
 
-__all__ = ["attention", "fixed_query", "linear_attention", "selective_scan"]
+__all__ = ["attention", "fixed_query", "grouped_matmul", "linear_attention", "selective_scan"]

@@ -13,8 +13,10 @@ from .lightning import Lightning, LightningConfig
 from .mamba import Mamba, MambaConfig
 from .mamba2 import Mamba2, Mamba2Config
 from .mlp import GELU, GLU, MLPConfig, SwiGLU
+from .moe import MoE, MoEConfig
 from .norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from .retention import Retention, RetentionConfig
+from .router import RouterConfig
 
 __all__ = [
     "GELU",
@@ -34,9 +36,12 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "MambaConfig",
+    "MoE",
+    "MoEConfig",
     "RMSNorm",
     "Retention",
     "RetentionConfig",
+    "RouterConfig",
     "ShortConv",
     "SimpleRMSNorm",
     "SwiGLU",

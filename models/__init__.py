@@ -1,8 +1,18 @@
 """Whole networks, each from one frozen dataclass."""
 
 from .config import LMConfig
-from .layout import by_layer, decayed, from_layers, merge, split
+from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS
 
-__all__ = ["LM", "PRESETS", "LMConfig", "by_layer", "decayed", "from_layers", "merge", "split"]
+__all__ = [
+    "LM",
+    "PRESETS",
+    "LMConfig",
+    "by_layer",
+    "decayed",
+    "from_layers",
+    "merge",
+    "rebalanced",
+    "split",
+]

@@ -16,6 +16,7 @@ from ..layers.lightning import Lightning
 from ..layers.mamba import Mamba
 from ..layers.mamba2 import Mamba2
 from ..layers.mlp import GELU, GLU, SwiGLU
+from ..layers.moe import MoE
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
 from ..sharding.mesh import refusal
@@ -60,6 +61,9 @@ class Block(nnx.Module):
         self.mlp = nnx.data(None)
         if kind.mlp != "none":
             self.mlp_norm = norm(config, rngs)
+        if kind.mlp == "moe":
+            self.mlp = MoE(config.width, config.moe, config.mlp, **options)
+        elif kind.mlp != "none":
             self.mlp = MLPS[kind.mlp](config.width, config.mlp, **options)
 
     def __call__(
@@ -67,13 +71,17 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         state: Any = None,
         reset: Bool[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
         """The stream after this block in its own dtype, the mixer's state, and auxiliary values."""
         y, state = self.mixer(self.mixer_norm(x), state, reset)
-        x = x + y.astype(x.dtype)
-        if self.mlp is not None:
+        x, aux = x + y.astype(x.dtype), {}
+        if isinstance(self.mlp, MoE):
+            y, aux = self.mlp(self.mlp_norm(x), key)
+            x = x + y.astype(x.dtype)
+        elif self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
-        return x, state, {}
+        return x, state, aux
 
 
 class Run(NamedTuple):

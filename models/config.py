@@ -14,6 +14,7 @@ from ..layers.lightning import LightningConfig
 from ..layers.mamba import MambaConfig
 from ..layers.mamba2 import Mamba2Config
 from ..layers.mlp import MLPConfig
+from ..layers.moe import MoEConfig
 from ..layers.retention import RetentionConfig
 from .pattern import parse
 
@@ -32,7 +33,7 @@ class LMConfig:
     """Number of blocks."""
     pattern: str = "gla+swiglu"
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, gelu, glu, none."""
+    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and before the head: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
@@ -60,6 +61,8 @@ class LMConfig:
     least one; 0: all."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     """The MLPs."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Mixtures of experts."""
     gla: GLAConfig = field(default_factory=GLAConfig)
     """Gated linear attention blocks."""
     retention: RetentionConfig = field(default_factory=RetentionConfig)
@@ -87,10 +90,19 @@ class LMConfig:
             _check_numbers(each.name, getattr(self, each.name))
         if self.loss_chunk < 0:
             raise ValueError(f"loss_chunk={self.loss_chunk}; it must be 0 (all) or more")
-        parse(self.pattern, self.depth)
+        kinds = parse(self.pattern, self.depth)
+        if self.moe.router.kind == "expert-choice" and "moe" in {kind.mlp for kind in kinds}:
+            raise ValueError(
+                "moe.router.kind=expert-choice lets a later token take an earlier one's expert; a "
+                "language model needs a router that looks at one token, such as softmax"
+            )
 
 
-MAY_BE_ZERO = ("conv", "lrpe_layers")  # of the mixers' whole numbers; the others are sizes
+MAY_BE_ZERO = (
+    "conv",
+    "lrpe_layers",
+    "shared",
+)  # of the mixers' whole numbers; the others are sizes
 
 
 def _check_numbers(name: str, value: object) -> None:

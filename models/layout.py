@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ..kernels import routing
 from .block import runs
 from .config import LMConfig
 from .lm import LM
+from .pattern import parse
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], Any]:
@@ -73,15 +75,37 @@ def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def decayed(params: dict[str, Any]) -> dict[str, Any]:
-    """True where weight decay applies: leaves named `kernel` or `embedding`.
+    """True where weight decay applies: matrices of projections and experts, and the embedding.
 
     Not to norms, biases, decays (A_log, dt's bias), skips (D) or rotation angles.
     """
 
     def applies(path, _):
-        return path[-1].key in ("kernel", "embedding")
+        return path[-1].key in ("kernel", "embedding", "gate", "up", "down", "noise", "vectors")
 
     return jax.tree_util.tree_map_with_path(applies, params)
+
+
+def rebalanced(config: LMConfig, params: dict[str, Any], load: Any) -> dict[str, Any]:
+    """The parameters after a step: biases of routers, where there are any, move against the load.
+
+    `load` (layers with experts, experts) are shares of a step's assignments.
+    """
+    if config.moe.router.kind != "sigmoid":
+        return params
+    kinds = parse(config.pattern, config.depth)
+    places = [layer for layer, kind in enumerate(kinds) if kind.mlp == "moe"]
+    move = functools.partial(routing.rebalanced, rate=config.moe.router.bias_rate)
+    blocks = dict(params["blocks"])
+    for index, run in enumerate(runs(config)):
+        if run.kind.mlp != "moe":
+            continue
+        mlp = blocks[index]["mlp"]
+        loads = jnp.stack([load[places.index(layer)] for layer in run.layers])
+        bias = jax.vmap(move)(mlp["router"]["bias"], loads)
+        mlp = mlp | {"router": mlp["router"] | {"bias": bias}}
+        blocks[index] = blocks[index] | {"mlp": mlp}
+    return params | {"blocks": blocks}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -28,8 +28,8 @@ class LM(nnx.Module):
     A state is a tuple with one entry a block, the mixer's own (None for attention that keeps no
     cache), whatever blocks are scanned together; batch is the leading axis of its leaves. A model
     without a state starts fresh; `reset` marks the tokens before which everything is forgotten. In
-    a pipeline only a call with a state returns one. Nothing random happens inside yet, so no call
-    takes a key.
+    a pipeline only a call with a state returns one. A key says that the model is being trained:
+    what routers draw follows from it, and experts with a capacity drop tokens.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -70,13 +70,14 @@ class LM(nnx.Module):
         *,
         state: tuple | None = None,
         reset: Bool[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T"], tuple, dict[str, Array]]:
         """-log p(target) in nats at every position, the state, and the blocks' auxiliary values.
 
         Logits of at most `config.loss_chunk` tokens exist at once, forward or backward: of whole
         time steps, so of one step at least, however large the batch.
         """
-        x, state, aux = self.hidden(tokens, state, reset)
+        x, state, aux = self.hidden(tokens, state, reset, key)
         config = self.config
         nll = vocabulary.nll(_logits, self.weight, x, targets, config.vocab, config.loss_chunk)
         return nll, state, aux
@@ -96,6 +97,7 @@ class LM(nnx.Module):
         tokens: Int[Array, "B T"],
         state: tuple | None = None,
         reset: Bool[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple, dict[str, Array]]:
         """The residual stream after the last norm, the state, and the blocks' auxiliary values."""
         config = self.config
@@ -118,47 +120,50 @@ class LM(nnx.Module):
         if state is not None:
             given = [_stack([state[layer] for layer in layers]) for layers in order]
         structures, variables = zip(*map(nnx.split, self.blocks), strict=True)
+        blocks = [(one, _keys(key, layers)) for one, layers in zip(variables, order, strict=True)]
         if config.pipeline == (1, 1):
-            x, states, aux = self._part(structures, variables, x, given, reset)
+            x, states, aux = self._part(structures, blocks, x, given, reset)
         else:
-            x, states, aux = self._pipeline(structures, variables, x, given, reset)
+            x, states, aux = self._pipeline(structures, blocks, x, given, reset)
         each = {}
         for layers, after in zip(order, states, strict=True):
             each |= {layer: _layer(after, i) for i, layer in enumerate(layers)}
         return self.norm(x), tuple(each[layer] for layer in range(config.depth)), _join(order, aux)
 
-    def _pipeline(self, structures, variables, x: Array, state: list | None, reset: Array | None):
+    def _pipeline(self, structures, blocks, x: Array, state: list | None, reset: Array | None):
         how, (stages, rounds) = schedule.in_force(), self.config.pipeline
         if mesh.size("pipe") != stages:
             raise ValueError(
                 f"blocks stacked for pipe={stages} on a mesh of pipe={mesh.size('pipe')}"
             )
 
-        def part(variables, x, state, reset):
-            x, after, aux = self._part(structures, variables, x, state, reset)
+        def part(blocks, x, state, reset, microbatch):
+            blocks = [(variables, _fold(keys, microbatch)) for variables, keys in blocks]
+            x, after, aux = self._part(structures, blocks, x, state, reset)
             return x, None if state is None else after, aux
 
         many = {"rounds": rounds, "microbatches": how.microbatches or stages}
         policy = PIPELINED.get(self.config.remat)
-        x, after, aux = pipeline.run(part, variables, x, state, reset, policy=policy, **many)
+        x, after, aux = pipeline.run(part, blocks, x, state, reset, policy=policy, **many)
         return x, [None] * len(structures) if after is None else after, aux
 
-    def _part(self, structures, variables, x: Array, state: list | None, reset: Array | None):
+    def _part(self, structures, blocks, x: Array, state: list | None, reset: Array | None):
         """Run after run; states and auxiliary values of each lead with its layers."""
         state, after, aux = state or [None] * len(structures), [], []
-        for run in zip(structures, variables, state, strict=True):
+        for run in zip(structures, blocks, state, strict=True):
             x, one, extra = self._run(*run, x, reset)
             after.append(one)
             aux.append(extra)
         return x, after, aux
 
-    def _run(self, graphdef, variables, state: Any, x: Array, reset: Array | None):
+    def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
         """Scan over the layers of one run."""
-        length = jax.tree.leaves(variables)[0].shape[0]
+        length = jax.tree.leaves(block)[0].shape[0]
 
         def body(x, layer):
-            variables, state = layer
-            x, state, aux = nnx.merge(graphdef, variables)(x, state, reset)
+            (variables, key), state = layer
+            key = None if key is None else jax.random.wrap_key_data(key)
+            x, state, aux = nnx.merge(graphdef, variables)(x, state, reset, key)
             x = checkpoint_name(x, BLOCK)
             return mesh.constrain(x, mesh.ROWS, matmul.stream(x)), (state, aux)
 
@@ -166,9 +171,9 @@ class LM(nnx.Module):
             # the scan already keeps the recomputation from being merged with the first one
             body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=length == 1)
         if length == 1:
-            x, rest = body(x, _layer((variables, state), 0))
+            x, rest = body(x, _layer((block, state), 0))
             return x, *jax.tree.map(lambda a: a[None], rest)
-        x, (after, aux) = jax.lax.scan(body, x, (variables, state))
+        x, (after, aux) = jax.lax.scan(body, x, (block, state))
         return x, after, aux
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
@@ -186,6 +191,21 @@ def _logits(x, weight):
     dimensions = ((x.ndim - 1,), (0,)), ((), ())
     kinds = {"precision": "highest", "preferred_element_type": exact}
     return flat_dot_general(x, weight.astype(x.dtype), dimensions, **kinds)
+
+
+def _keys(key: Array | None, layers: tuple[int, ...]) -> Array | None:
+    """A key's data for each layer, by the layer's number."""
+    if key is None:
+        return None
+    each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(layers, jnp.uint32))
+    return jax.random.key_data(each)
+
+
+def _fold(keys: Array | None, number: Array) -> Array | None:
+    if keys is None:
+        return None
+    each = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys), number)
+    return jax.random.key_data(each)
 
 
 def _stack(layers: list) -> Any:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..sharding import rules
+from ..sharding import expert, rules
 from ..sharding.mesh import ROWS
 from .block import runs
 from .config import LMConfig
@@ -36,6 +36,13 @@ RULES = (
     (r"mamba2\.(B|C)_conv\.(kernel|bias)", EVERYWHERE),
     (r"\w+\.(conv|x_conv)(\.[qkv])?\.kernel", FEATURES),
     (r"\w+\.(conv|x_conv)(\.[qkv])?\.bias", WITHIN),
+    (r"moe\.shared\.(gate|up)\.kernel", INTO),
+    (r"moe\.shared\.(gate|up)\.bias", WITHIN),
+    (r"moe\.shared\.down\.kernel", BACK),
+    (r"moe\.shared\.down\.bias|moe\.shared_gate\.kernel", EVERYWHERE),
+    (r"moe\.(gate|up|down)", expert.KERNEL),
+    (r"moe\.up_bias", expert.BIAS),
+    (r"moe\.(down_bias|router\.\w+)", EVERYWHERE),
     (r"lightning\.theta", WITHIN),
     (r"aaren\.token", EVERYWHERE),
     (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),

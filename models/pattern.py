@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
-MLPS = ("swiglu", "gelu", "glu", "none")
+MLPS = ("swiglu", "gelu", "glu", "moe", "none")
 
 
 class Kind(NamedTuple):
@@ -35,10 +35,6 @@ def _entry(entry: str, pattern: str) -> list[Kind]:
     if mixer not in MIXERS:
         raise ValueError(
             f"mixer {mixer!r} in pattern {pattern!r} is not one of {', '.join(MIXERS)}"
-        )
-    if mlp == "moe":
-        raise ValueError(
-            f"mlp 'moe' in pattern {pattern!r} is not there yet; use {', '.join(MLPS)}"
         )
     if plus and mlp not in MLPS:
         raise ValueError(f"mlp {mlp!r} in pattern {pattern!r} is not one of {', '.join(MLPS)}")

@@ -54,7 +54,7 @@ def run(
     microbatches: int,
     policy: Callable | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, Any]:
-    """(y, state, aux): x through every part, part(weights, x, state, reset) -> (x, state, aux).
+    """(y, state, aux): x through part(weights, x, state, reset, microbatch) -> (x, state, aux).
 
     Leaves of weights lead with stages * rounds * n, of state with stages * rounds * n, B, by stage,
     then by round; a part gets those of its n blocks. A state that is None stays None. `aux` is the
@@ -83,10 +83,10 @@ def run(
         return primitive.name not in MOVES
 
     @partial(jax.checkpoint, policy=policy or computed, prevent_cse=False)
-    def one(weights, number, x, state, reset):
+    def one(weights, number, *rest):
         if rounds == 1:  # no copy of them in every tick
-            return part(jax.tree.map(lambda w: w[0], weights), x, state, reset)
-        return part(jax.tree.map(lambda w: w[number], weights), x, state, reset)
+            return part(jax.tree.map(lambda w: w[0], weights), *rest)
+        return part(jax.tree.map(lambda w: w[number], weights), *rest)
 
     def local(weights, x, state, reset):
         here, last = jax.lax.axis_index("pipe"), stages - 1
@@ -100,7 +100,8 @@ def run(
         state = jax.tree.map(lambda s: cut(s.reshape(rounds, -1, *s.shape[1:]), 2), state)
         state = jax.tree.map(lambda s: jnp.moveaxis(s, 0, 1), state)
         begin = jax.tree.map(lambda s: s[0, 0], state)
-        shapes = jax.eval_shape(one, weights, 0, x[0], begin, None if reset is None else reset[0])
+        first = None if reset is None else reset[0]
+        shapes = jax.eval_shape(one, weights, 0, x[0], begin, first, 0)
         aux = jax.tree.map(lambda a: jnp.zeros((rounds, *a.shape), a.dtype), shapes[2])
 
         def tick(carry, t):
@@ -111,7 +112,7 @@ def run(
             inputs = jnp.where((here == 0) & (turn == 0), x[i], arrived)
             before = jax.tree.map(lambda s: s[turn, i], state)
             resets = None if reset is None else reset[i]
-            y, after, extra = one(weights, turn, inputs, before, resets)
+            y, after, extra = one(weights, turn, inputs, before, resets, i)
             done = busy & (here == last) & (turn == rounds - 1)
             outputs = outputs.at[i].set(jnp.where(done, y, outputs[i]))
             if state is not None:

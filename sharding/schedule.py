@@ -6,7 +6,7 @@ that were compiled under another are compiled again.
 
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 import jax
 
@@ -33,22 +33,41 @@ class Schedule:
     """How often a microbatch goes round the axis pipe, through as many parts of each stage
     (Megatron-LM's interleaved schedule): less idle time, more exchanges."""
 
+    expert_degree: int = 1
+    """To how many slices of its expert a token is sent, where an expert lies over several devices
+    (axes expert and tensor); 0: to none, all weights are gathered (Tutel's r)."""
+    expert_slices: int = 1
+    """In how many parts tokens are sent to experts, one while another is computed."""
+    expert_node: int = 1
+    """Devices of a node: tokens are exchanged within nodes first, then between them; 1: at once."""
+    expert_ladder: tuple[float, ...] = (1.25, 2.0)
+    """Room for tokens that one device sends another, over the even share, of which the least that
+    holds a step's load is taken; beyond the last there is room for all."""
+
     def __post_init__(self):
         for each in dataclasses.fields(self):
             value, known = getattr(self, each.name), get_args(each.type)
-            if known and value not in known:
+            if get_origin(each.type) is Literal and value not in known:
                 raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
-        for name, least in (("microbatches", 0), ("rounds", 1)):
+        leasts = {"microbatches": 0, "rounds": 1}
+        leasts |= {"expert_degree": 0, "expert_slices": 1, "expert_node": 1}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
+        if any(factor <= 0 for factor in self.expert_ladder):
+            raise ValueError(f"expert_ladder={self.expert_ladder}; all must be more than 0")
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise a ValueError for a choice that these sizes of a mesh's axes leave no use for."""
         uses = {"states": "seq", "attention": "seq", "matmul": "tensor"}
         uses |= {"microbatches": "pipe", "rounds": "pipe"}
+        uses |= {
+            field.name: "expert" for field in dataclasses.fields(self) if "expert" in field.name
+        }
         for name, axis in uses.items():
             value = getattr(self, name)
-            if value != getattr(PLAIN, name) and sizes[axis] == 1:
+            alone = sizes[axis] == 1 and (axis != "expert" or sizes["tensor"] == 1)
+            if value != getattr(PLAIN, name) and alone:
                 raise ValueError(f"schedule.{name}={value} is for a mesh with {axis}=2 or more")
 
 

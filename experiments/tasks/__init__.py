@@ -49,12 +49,18 @@ class Task(Protocol):
         """The state that is carried from batch to batch, rows leading; None if there is none."""
         ...
 
-    def loss(self, model: Any, batch: Any, state: Any) -> tuple[Any, tuple[Any, Metrics]]:
-        """(mean loss, (the state after the batch, metrics)).
+    def loss(
+        self, model: Any, batch: Any, state: Any, key: Any = None
+    ) -> tuple[Any, tuple[Any, Metrics]]:
+        """(what training minimises, (the state after the batch, metrics)).
 
         The metrics are means over the batch, `loss` among them, and `weight`, the number of things
-        (tokens) that they are means over.
+        (tokens) that they are means over. A key, in training only, is for what is random.
         """
+        ...
+
+    def settled(self, params: Any, metrics: Metrics) -> Any:
+        """The parameters after an update, with what no gradient moves; most have nothing such."""
         ...
 
     def derived(self, loss: float) -> dict[str, float]:

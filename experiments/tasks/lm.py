@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from ...models import LM, LMConfig, by_layer, decayed, from_layers
+from ...layers import router
+from ...models import LM, LMConfig, by_layer, decayed, from_layers, rebalanced
 from ...models.block import runs
 from ...models.partition import shardings, state_shardings
 from ...models.pattern import parse
@@ -92,17 +93,23 @@ class LMTask:
         # a ring of the window's size serves documents of any length
         return model.init_state(self.rows, self.model.attention.window or 1)
 
-    def loss(self, model: LM, batch: Any, state: Any) -> tuple[Any, tuple[Any, Metrics]]:
-        """Mean nats of the next token, over the tokens that have weight."""
+    def loss(
+        self, model: LM, batch: Any, state: Any, key: Any = None
+    ) -> tuple[Any, tuple[Any, Metrics]]:
+        """Mean nats of the next token, over the tokens that have weight; and what routers add."""
         nll, state, aux = model.nll(
-            batch["tokens"], batch["targets"], state=state, reset=batch["reset"]
+            batch["tokens"], batch["targets"], state=state, reset=batch["reset"], key=key
         )
         weights = batch["weights"]
         weight = weights.sum()
         # what has no weight may be anything, nan too
         loss = jnp.where(weights > 0, nll * weights, 0).sum() / jnp.where(weight, weight, 1)
-        metrics = {"loss": loss, "weight": weight} | {k: v.mean() for k, v in aux.items()}
-        return loss, (state if self.stream_state else None, metrics)
+        added, figures = router.losses(self.model.moe.router, aux)
+        metrics = {"loss": loss, "weight": weight} | figures
+        return loss + added, (state if self.stream_state else None, metrics)
+
+    def settled(self, params: Any, metrics: Metrics) -> Any:
+        return rebalanced(self.model, params, metrics.get("moe_load"))
 
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Mean loss and bits per byte of held-out text, rows fresh or streaming as in training."""

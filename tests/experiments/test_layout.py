@@ -79,8 +79,7 @@ def compiled(model, over, how, length=32):
         name: jax.ShapeDtypeStruct((16, length), kind, sharding=program.rows)
         for name, kind in kinds.items()
     }
-    rate = jax.ShapeDtypeStruct((), np.float32)
-    return program.step.lower(state, program.rest, batch, rate).compile()
+    return program.step.lower(state, program.rest, batch, *steps.SCALARS).compile()
 
 
 def test_a_pipeline_keeps_of_its_blocks_what_remat_says():

@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from scanax.experiments import flags
 from scanax.experiments.optimizer import OptimizerConfig
-from scanax.experiments.step import build
+from scanax.experiments.step import SCALARS, build
 from scanax.experiments.tasks import Task
 from scanax.sharding import mesh
 from support.compare import close
 from support.runs import STREAM, args
+
+NOW = np.float32(0.1), np.zeros(2, np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +43,16 @@ class Root(Task):
     def state_shardings(self, state, over):
         return self.shardings(state, over)
 
+    def settled(self, params, metrics):
+        return params
+
     def by_layer(self, params):
         return params
 
     def decayed(self, params):
         return jax.tree.map(lambda _: True, params)
 
-    def loss(self, model, batch, state):
+    def loss(self, model, batch, state, key=None):
         x, weights = batch["x"], batch["weights"]
         root = jnp.sqrt(x @ model.kernel[...]) + state
         weight = weights.sum()
@@ -64,7 +69,7 @@ def test_a_split_batch_gives_the_unsplit_update():
     for parts in (1, 2, 4):
         program, state = build(Root(), OptimizerConfig(), 0, parts)
         for _ in range(3):
-            state, numbers = program.step(state, program.rest, batch, np.float32(0.1))
+            state, numbers = program.step(state, program.rest, batch, *NOW)
         state["stream"] = state["stream"].reshape(4)
         results.append((state, numbers))
     for other in results[1:]:
@@ -77,16 +82,16 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     """nan makes the loss nan; at 0 the root is finite and its slope is not."""
     program, state = build(Root(), OptimizerConfig(), 0, 1)
     good = {"x": np.ones((4, 3), np.float32), "weights": np.ones(4, np.float32)}
-    state, _ = program.step(state, program.rest, good, np.float32(0.1))
+    state, _ = program.step(state, program.rest, good, *NOW)
     before = jax.device_get(state)
     x = good["x"].copy()
     x[2] = bad
-    state, numbers = program.step(state, program.rest, good | {"x": x}, np.float32(0.1))
+    state, numbers = program.step(state, program.rest, good | {"x": x}, *NOW)
     assert np.isfinite(numbers["loss"]) == (bad == 0)
     after = jax.device_get(state)
     assert after.pop("skipped") == before.pop("skipped") + 1 == numbers["skipped"]
     assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
-    state, numbers = program.step(state, program.rest, good, np.float32(0.1))
+    state, numbers = program.step(state, program.rest, good, *NOW)
     assert numbers["skipped"] == 1 and not np.array_equal(state["stream"], before["stream"])
 
 
@@ -110,9 +115,8 @@ def test_streaming_reads_the_text_as_one_long_sequence(texts):
 def test_bfloat16_computes_with_float32_masters(texts):
     task = flags.train(args(texts, "none", "--model.dtype bfloat16")).task
     program, state = build(task, OptimizerConfig(), 0, 1)
-    rate = np.float32(0)
-    after, numbers = jax.eval_shape(program.step, state, program.rest, task.batches(0, 0), rate)
+    after, numbers = jax.eval_shape(program.step, state, program.rest, task.batches(0, 0), *SCALARS)
     kinds = {x.dtype for x in jax.tree.leaves((after["params"], after["optimizer"][1].mu))}
     assert kinds == {jnp.dtype(jnp.float32)} and numbers["loss"].dtype == jnp.float32
-    text = program.step.lower(state, program.rest, task.batches(0, 0), rate).as_text()
+    text = program.step.lower(state, program.rest, task.batches(0, 0), *SCALARS).as_text()
     assert re.search(r"dot_general.*bf16", text)

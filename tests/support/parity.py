@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
+from scanax.layers.router import losses
 from scanax.models import LM, LMConfig, by_layer, from_layers, merge, split
 from support.compare import close
 
@@ -60,9 +61,11 @@ class Case:
 
         def loss(params):
             model = merge(graphdef, params, rest)
-            logits, _ = model(self.tokens)
+            x, _, aux = model.hidden(self.tokens)
+            added, _ = losses(config.moe.router, aux)  # of all tokens, the last as well
             nll, _, _ = model.nll(self.tokens[:, :-1], jnp.maximum(labels, 0))
-            return jnp.sum(nll * (labels >= 0)) / jnp.sum(labels >= 0), logits
+            mean = jnp.sum(nll * (labels >= 0)) / jnp.sum(labels >= 0)
+            return mean + added, model.logits(x)
 
         self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
         model = merge(graphdef, self.params, rest)

@@ -1,0 +1,377 @@
+"""Experts over devices: tokens travel to them by all-to-all, or their weights to the tokens.
+
+The devices of the axes expert and tensor are one group of W, over which the hidden features of all
+E experts lie one after the other: a device holds E / W experts, or one of G = W / E slices of one.
+How a layer is computed then is a matter of `schedule` alone (Tutel, arXiv:2206.03382), for nothing
+that is kept moves. `expert_degree` r: 0 gathers all weights and sends no token; r >= 1 sends each
+token to r slices of its expert, each gathered from G / r devices that share its tokens out.
+`expert_slices` cuts what is sent, so that one part travels while another is computed. `expert_node`
+sends within nodes first, then between them.
+
+Dropless: what one device sends another has room for the most that any sends, of a few sizes
+(`expert_ladder`) that are compiled once; the load says which one runs.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ..kernels import routing
+from . import matmul, mesh, schedule
+from .sequence import manual
+
+GROUP = ("expert", "tensor")
+KERNEL, BIAS = P(GROUP, "fsdp"), P(GROUP)  # (E F, D) and (E F,)
+
+
+class Layout(NamedTuple):
+    """How the experts of one layer lie over a group of devices, and how they are reached."""
+
+    devices: int = 1
+    experts: int = 1
+    degree: int = 0
+    slices: int = 1
+    node: int = 1
+
+    @property
+    def parts(self) -> int:
+        """G, the devices that one expert lies over."""
+        return max(self.devices // self.experts, 1)
+
+    @property
+    def replicas(self) -> int:
+        """Devices that compute the same slice, each for a share of its tokens."""
+        return self.parts // self.degree if self.degree else 1
+
+    @property
+    def bins(self) -> int:
+        """Places that a token may be sent to, each `degree` devices."""
+        return self.devices // self.degree if self.degree else 1
+
+
+def layout(experts: int, hidden: int) -> Layout:
+    """The layout on the mesh and by the schedule in force. ValueError if it cannot be."""
+    sizes, how = {axis: mesh.size(axis) for axis in GROUP}, schedule.in_force()
+    devices = math.prod(sizes.values())
+    if devices == 1:
+        return Layout(experts=experts)
+    if experts % devices and devices % experts:
+        raise ValueError(f"experts={mesh.refusal(experts, sizes)}")
+    found = Layout(devices, experts, how.expert_degree, how.expert_slices, how.expert_node)
+    if hidden % found.parts:
+        raise ValueError(f"hidden={mesh.refusal(hidden, {'slices': found.parts}, 'of an expert')}")
+    if found.degree and found.parts % found.degree:
+        known = ", ".join(str(r) for r in range(1, found.parts + 1) if found.parts % r == 0)
+        raise ValueError(
+            f"schedule.expert_degree={found.degree}: {experts} experts over {devices} devices are "
+            f"cut into {found.parts} slices; 0, {known} would do"
+        )
+    if devices % found.node:
+        raise ValueError(
+            f"schedule.expert_node={found.node} does not divide {devices} devices of the axes "
+            f"{' and '.join(GROUP)}"
+        )
+    return found
+
+
+def run(
+    compute: Callable[[Array, Array, dict[str, Array]], Array],
+    x: Float[Array, "B T D"],
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    kernels: dict[str, Array],
+    experts: int,
+    *,
+    bias: Float[Array, "E D"] | None = None,
+    capacity: float = 0.0,
+    by: str = "order",
+) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    """y_t = sum over k of weights_tk (compute(x_t, expert chosen_tk) + its bias), share dropped.
+
+    kernels are (E F, D) and biases (E F,). compute(x, sizes, kernels) gets those of a device in x's
+    dtype as (experts, F, D) and (experts, F), and rows of x sorted by expert, of which there are
+    `sizes`; its sum over slices of F is what the expert makes of them. A chosen expert of E is
+    none. With a `capacity` factor an expert takes no more than `routing.capacity` of each device's
+    tokens, as `routing.ranks` puts them `by` order or score; 0 drops none.
+
+    Sums are in at least float32, y in x's dtype. ValueError for sizes that do not fit the mesh.
+    """
+    hidden = next(iter(kernels.values())).shape[0] // experts
+    place = functools.partial(
+        _local, compute, layout(experts, hidden), capacity=capacity, by=by, ladder=()
+    )
+    if not mesh.several():
+        return place(x, chosen, weights, kernels, bias)
+    mesh.check(*x.shape[:2])
+    stream = matmul.stream(x)
+    cut = (stream,) if isinstance(stream, str) else stream or ()
+    tokens, every = P(mesh.ROWS, stream), tuple(mesh.free())
+    lying = {name: KERNEL if w.ndim == 2 else BIAS for name, w in kernels.items()}
+    same = tuple(axis for axis in ("seq", "tensor") if axis not in cut and mesh.size(axis) > 1)
+    local = functools.partial(
+        place, same=same, every=every, ladder=schedule.in_force().expert_ladder
+    )
+    return manual(local, (tokens, tokens, tokens, lying, P()), (tokens, P()))(
+        x, chosen, weights, kernels, bias
+    )
+
+
+def _local(
+    compute, plan, x, chosen, weights, kernels, bias, *, capacity, by, ladder, same=(), every=()
+) -> tuple[Array, Array]:
+    """One device's tokens; those that the devices along `same` have in common they share out."""
+    shape, k = x.shape, chosen.shape[-1]
+    x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+    count = x.shape[0]
+    if same:
+        x, chosen, weights = (
+            _share(a, fill, same) for a, fill in ((x, 0), (chosen, plan.experts), (weights, 0))
+        )
+    most = x.shape[0]  # of one expert's tokens
+    if capacity:
+        most = min(most, routing.capacity(most, plan.experts, k, capacity))
+    trip = _trip(plan, most, chosen, weights, by)
+    rungs = [x.shape[0] * k]
+    if plan.degree:
+        worst = min(
+            x.shape[0] * k, -(-most // plan.replicas) * max(plan.experts // plan.devices, 1)
+        )
+        mean = x.shape[0] * k / plan.bins
+        wanted = {worst, *(min(math.ceil(mean * factor), worst) for factor in ladder)}
+        rungs = sorted({-(-rung // plan.slices) * plan.slices for rung in wanted})
+    branches = [functools.partial(_there_and_back, compute, plan, rung) for rung in rungs]
+    kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
+    if len(branches) == 1:
+        y = branches[0]((x, kernels), trip)
+    else:
+        load = jax.lax.pmax(trip.sizes.reshape(plan.bins, -1).sum(axis=1).max(), every)
+        rung = (load > jnp.array(rungs[:-1], jnp.int32)).sum(dtype=jnp.int32)
+        y = _one_of(tuple(branches), rung, (x, kernels), trip)
+    weights = jnp.where(trip.kept, weights, 0)
+    y = jnp.einsum("nkd,nk->nd", y.astype(weights.dtype), weights, precision="highest")
+    if bias is not None:
+        each = jax.nn.one_hot(chosen, plan.experts, dtype=weights.dtype)
+        each = jnp.einsum("nk,nke->ne", weights, each, precision="highest")
+        y = y + jnp.matmul(each, bias.astype(y.dtype), precision="highest")
+    y = y.astype(x.dtype)
+    if same:
+        y = jax.lax.all_gather(y, same, axis=0, tiled=True)[:count]
+    asked = chosen < plan.experts
+    dropped = jnp.stack([asked.sum(dtype=jnp.int32) - trip.sizes.sum(), asked.sum(dtype=jnp.int32)])
+    if every:
+        dropped = jax.lax.psum(dropped, every)
+    return y.reshape(shape), dropped[0] / jnp.maximum(dropped[1], 1).astype(jnp.float32)
+
+
+def _share(x, fill, axes):
+    """This device's of equal parts of the rows, filled up to as many as divide."""
+    ways = mesh.size(*axes)
+    each = -(-x.shape[0] // ways)
+    x = jnp.pad(x, ((0, each * ways - x.shape[0]), (0, 0)), constant_values=fill)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * each, each)
+
+
+class Trip(NamedTuple):
+    """Where the assignments of one device's tokens go."""
+
+    kept: Array
+    """Which of them (n, k) go anywhere."""
+    lanes: Array
+    """The bin of each (n, k), and within it the expert."""
+    position: Array
+    """Of each (n, k), sorted by lane; those that are not kept have any."""
+    sizes: Array
+    """How many there are of each lane."""
+
+
+def _trip(plan, most, chosen, weights, by) -> Trip:
+    ranks = routing.ranks(chosen, weights, plan.experts, by=by)
+    kept = (chosen < plan.experts) & (ranks < most)
+    # an expert's tokens are dealt out to its replicas
+    lanes = jnp.where(kept, chosen * plan.replicas + ranks % plan.replicas, 0)
+    of_expert = (kept[..., None] & (chosen[..., None] == jnp.arange(plan.experts))).sum(
+        axis=(0, 1), dtype=jnp.int32
+    )
+    dealt = jnp.arange(plan.replicas, dtype=jnp.int32)
+    sizes = (of_expert[:, None] - dealt + plan.replicas - 1) // plan.replicas
+    sizes = sizes.reshape(-1)
+    return Trip(kept, lanes, _starts(sizes)[lanes] + ranks // plan.replicas, sizes)
+
+
+def _starts(sizes, axis=0):
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
+def _there_and_back(compute, plan, room, floats, trip):
+    """What the experts make of every assignment (n, k, D), with `room` in each bin."""
+    x, kernels = floats
+    width, lanes = x.shape[1], trip.sizes.shape[0] // plan.bins
+    begins = _starts(trip.sizes).reshape(plan.bins, lanes)[:, 0]
+    bins = trip.lanes // lanes
+    slots = bins * room + trip.position - begins[bins]
+    slots = jnp.where(trip.kept, slots, plan.bins * room)
+    rows = _inverse(slots, plan.bins * room)
+    sent = take(x, rows, slots)
+    if plan.degree == 0:
+        return collect(compute(sent, trip.sizes, kernels), rows, slots)
+    counts = _repeated(plan, trip.sizes.reshape(plan.bins, lanes))
+    counts = _all_to_all(plan, counts)  # of each device's tokens for each expert here
+    sent = _repeated(plan, sent.reshape(plan.bins, room, width))
+    size, back = room // plan.slices, []
+    for first in range(0, room, size):
+        begin = _starts(counts, axis=1)
+        some = jnp.clip(begin + counts, first, first + size) - jnp.clip(begin, first, first + size)
+        arrived = _all_to_all(plan, sent[:, first : first + size]).reshape(-1, width)
+        y = _by_expert(compute, arrived, some, size, kernels)
+        back.append(_all_to_all(plan, y.reshape(plan.devices, size, width)))
+    y = jnp.concatenate(back, axis=1)
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    y = y.reshape(-1, plan.degree, plan.replicas, room, width).sum(axis=1, dtype=exact)
+    return collect(y.astype(x.dtype).reshape(-1, width), rows, slots)
+
+
+def _by_expert(compute, x, counts, size, kernels):
+    """compute over rows of several devices, `size` of each, sorted by expert on each."""
+    within = jnp.arange(size, dtype=jnp.int32)
+    ends = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
+    here = (within[None, :, None] >= ends[:, None, :]).sum(axis=2, dtype=jnp.int32)
+    none = here == counts.shape[1]
+    here = jnp.where(none, 0, here)
+    sizes = counts.sum(axis=0, dtype=jnp.int32)
+    # of each device's rows for each expert, from their place there to that among all
+    shift = _starts(sizes) + _starts(counts) - _starts(counts, axis=1)
+    sorted_at = within[None] + jnp.take_along_axis(shift, here, axis=1)
+    sorted_at = jnp.where(none, x.shape[0], sorted_at).reshape(-1, 1)
+    rows = _inverse(sorted_at, x.shape[0])
+    y = compute(take(x, rows, sorted_at), sizes, kernels)
+    return collect(y, rows, sorted_at)[:, 0]
+
+
+def _inverse(slots, count):
+    """The assignment in each of `count` slots; those that there are, where there is none."""
+    each = jnp.arange(slots.size, dtype=jnp.int32)
+    none = jnp.full(count, slots.size, jnp.int32)
+    return none.at[slots.reshape(-1)].set(each, mode="drop", unique_indices=True)
+
+
+def _repeated(plan, x):
+    """Bins as devices: each bin's `degree` devices get the same."""
+    x = x.reshape(-1, 1, plan.replicas, *x.shape[1:])
+    x = jnp.broadcast_to(x, (x.shape[0], plan.degree, *x.shape[2:]))
+    return x.reshape(plan.devices, *x.shape[3:])
+
+
+def _all_to_all(plan, x):
+    """x (W, ...), by device that it is for; returned by device that it is from."""
+    if plan.node in (1, plan.devices):
+        return jax.lax.all_to_all(x, GROUP, 0, 0, tiled=True)
+    nodes, shape = plan.devices // plan.node, x.shape
+    x = x.reshape(nodes, plan.node, *shape[1:])
+    within = [[n * plan.node + i for i in range(plan.node)] for n in range(nodes)]
+    between = [[n * plan.node + i for n in range(nodes)] for i in range(plan.node)]
+    x = jax.lax.all_to_all(x, GROUP, 1, 1, axis_index_groups=within, tiled=True)
+    x = jax.lax.all_to_all(x, GROUP, 0, 0, axis_index_groups=between, tiled=True)
+    return x.reshape(shape)
+
+
+def _gathered(plan, w, dtype):
+    """(experts, F, ...) of what a device computes with, from its own part of (E F, ...)."""
+    if plan.devices > 1 or mesh.size("fsdp") > 1:
+        w = _whole(plan, dtype, w)
+    experts = plan.experts if plan.degree == 0 else max(plan.experts // plan.devices, 1)
+    return w.astype(dtype).reshape(experts, -1, *w.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _whole(plan, dtype, w):
+    """Gathered in the dtype of use; its gradient is summed in the parameter's, or float32."""
+    w = w.astype(dtype)
+    for axis, options in _gathers(plan, w.ndim):
+        w = jax.lax.all_gather(w, axis, tiled=True, **options)
+    return w
+
+
+def _gathers(plan, ndim) -> Sequence[tuple[Any, dict[str, Any]]]:
+    found: list[tuple[Any, dict[str, Any]]] = []
+    if mesh.size("fsdp") > 1 and ndim == 2:
+        found.append(("fsdp", {"axis": 1}))
+    if plan.devices > 1 and plan.degree == 0:
+        found.append((GROUP, {"axis": 0}))
+    elif plan.replicas > 1:
+        q = plan.replicas
+        groups = [[i + j for j in range(q)] for i in range(0, plan.devices, q)]
+        found.append((GROUP, {"axis": 0, "axis_index_groups": groups}))
+    return found
+
+
+def _whole_forward(plan, dtype, w):
+    return _whole(plan, dtype, w), jnp.zeros((0,), w.dtype)
+
+
+def _whole_backward(plan, dtype, like, g):
+    g = g.astype(jnp.promote_types(jnp.float32, like.dtype))
+    for axis, options in reversed(_gathers(plan, g.ndim)):
+        options = {"scatter_dimension" if k == "axis" else k: v for k, v in options.items()}
+        g = jax.lax.psum_scatter(g, axis, tiled=True, **options)
+    return (g.astype(like.dtype),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
+
+
+@jax.custom_vjp
+def take(x: Float[Array, "n D"], rows: Int[Array, "S"], slots: Int[Array, "n k"]):
+    """x of each slot's assignment (S, D), zero where it has none: rows[slots[i, j]] = i k + j."""
+    return x.at[rows // slots.shape[1]].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(y: Float[Array, "S D"], rows: Int[Array, "S"], slots: Int[Array, "n k"]):
+    """y of each assignment's slot (n, k, D), zero where it has none."""
+    return y.at[slots].get(mode="fill", fill_value=0)
+
+
+def _take_backward(where, g):
+    rows, slots = where
+    exact = jnp.promote_types(jnp.float32, g.dtype)
+    return collect(g, rows, slots).sum(axis=1, dtype=exact).astype(g.dtype), None, None
+
+
+def _collect_backward(where, g):
+    rows, slots = where
+    return g.reshape(slots.size, -1).at[rows].get(mode="fill", fill_value=0), None, None
+
+
+take.defvjp(lambda x, rows, slots: (take(x, rows, slots), (rows, slots)), _take_backward)
+collect.defvjp(lambda y, rows, slots: (collect(y, rows, slots), (rows, slots)), _collect_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_of(branches, index, floats, trip):
+    """branches[index](floats, trip). What one keeps for its gradient another would have to make
+    room for, so the backward pass begins from the arguments.
+    """
+    return jax.lax.switch(index, branches, floats, trip)
+
+
+def _one_of_forward(branches, index, floats, trip):
+    return _one_of(branches, index, floats, trip), (index, floats, trip)
+
+
+def _one_of_backward(branches, kept, g):
+    index, floats, trip = kept
+
+    def back(branch, floats, trip, g):
+        return jax.vjp(lambda floats: branch(floats, trip), floats)[1](g)[0]
+
+    each = [functools.partial(back, branch) for branch in branches]
+    return None, jax.lax.switch(index, each, floats, trip, g), None
+
+
+_one_of.defvjp(_one_of_forward, _one_of_backward)

@@ -1,0 +1,85 @@
+"""Routed experts, and the loss that evens their load, against transformers' MixtralForCausalLM."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from scanax.layers import AttentionConfig, MLPConfig, MoEConfig, RouterConfig
+from scanax.layers.router import losses
+from scanax.models import LM, LMConfig, merge, split
+from support.compare import close
+from support.parity import Case, Laws, config_of
+
+LINEAR = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
+NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def translate(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights as on disk, expert by expert; gradients as in memory, all experts of a layer."""
+    ours = {
+        "embedding": theirs["model.embed_tokens.weight"],
+        "norm.scale": theirs["model.norm.weight"],
+        "head.kernel": theirs["lm_head.weight"].T,
+    }
+    for i in range(2):
+        at, to = f"model.layers.{i}.", f"layers.{i}."
+        for their, name in LINEAR.items():
+            ours[f"{to}mixer.{name}.kernel"] = theirs[f"{at}self_attn.{their}.weight"].T
+        for their, name in NORMS.items():
+            ours[f"{to}{name}.scale"] = theirs[f"{at}{their}.weight"]
+        if f"{at}mlp.gate.weight" in theirs:
+            router = theirs[f"{at}mlp.gate.weight"]
+            gate, up = np.split(theirs[f"{at}mlp.experts.gate_up_proj"], 2, axis=1)
+            down = theirs[f"{at}mlp.experts.down_proj"].transpose(0, 2, 1)
+        else:
+            moe = f"{at}block_sparse_moe."
+            router = theirs[f"{moe}gate.weight"]
+            gate, down, up = (
+                np.stack([theirs[f"{moe}experts.{e}.{w}.weight"] for e in range(4)])
+                for w in ("w1", "w2", "w3")
+            )
+            down = down.transpose(0, 2, 1)
+        ours[f"{to}mlp.router.kernel"] = router.T
+        for name, kernel in (("gate", gate), ("up", up), ("down", down)):
+            ours[f"{to}mlp.{name}"] = kernel.reshape(-1, kernel.shape[-1])
+    return ours
+
+
+def state_of(theirs, ours, count):
+    pairs = (("k", "keys"), ("v", "values"))
+    return [(ours[k][:, :count], theirs[name].transpose(0, 2, 1, 3)) for k, name in pairs]
+
+
+@pytest.fixture(scope="module")
+def case():
+    their = config_of("mixtral")
+    k = their["num_experts_per_tok"]
+    config = LMConfig(
+        vocab=their["vocab_size"],
+        width=their["hidden_size"],
+        depth=their["num_hidden_layers"],
+        pattern="attention+moe",
+        norm_eps=their["rms_norm_eps"],
+        tie_head=their["tie_word_embeddings"],
+        mlp=MLPConfig(hidden=their["intermediate_size"]),
+        # their share of an expert is k times ours
+        moe=MoEConfig(
+            experts=their["num_local_experts"],
+            router=RouterConfig(
+                top=k, balance=k * their["router_aux_loss_coef"], pooled=True, z=0.0
+            ),
+        ),
+        attention=AttentionConfig(
+            heads=their["num_attention_heads"],
+            kv_heads=their["num_key_value_heads"],
+            rope_base=their["rope_parameters"]["rope_theta"],
+        ),
+    )
+    return Case("mixtral", config, translate, state_of)
+
+
+class TestMixtral(Laws):
+    def test_the_loss_of_the_load(self, case):
+        graphdef, _, rest = split(LM(case.config, rngs=nnx.Rngs(0)))
+        _, _, aux = merge(graphdef, case.params, rest).hidden(case.tokens)
+        added, _ = losses(case.config.moe.router, aux)
+        close(added, 0.02 * case.expected["aux_loss"], 3e-6)
