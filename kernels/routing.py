@@ -117,7 +117,7 @@ def sigmoid(
     if number % groups or not 1 <= kept_groups <= groups or kept_groups * (number // groups) < k:
         raise ValueError(f"{k=} of {number} experts in {groups=} with {kept_groups=}")
     logits = _wide(logits)
-    scores = jax.nn.sigmoid(logits) + jax.lax.stop_gradient(_wide(bias))
+    scores = jax.nn.sigmoid(logits) + _wide(bias)
     if groups > 1:
         grouped = scores.reshape(*scores.shape[:-1], groups, -1)
         best = jnp.sum(_at(grouped, _top(grouped, min(2, number // groups))), -1)

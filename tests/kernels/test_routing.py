@@ -253,12 +253,13 @@ def test_what_is_not_finite_stays_with_its_token(case):
     """It is not hidden, and no other token sees it; under expert choice no other row does."""
     x = jnp.asarray(draw(25), jnp.float32)
     sound, _ = compiled(case)(x)
-    routed, _ = compiled(case)(x.at[1, 3, 2].set(jnp.nan))
-    assert jnp.isnan(routed.weights[1, 3]).any() and jnp.isnan(routed.probabilities[1, 3]).any()
     others = np.ones((B, T), bool)
     others[1, slice(None) if case.k == E else 3] = False
-    for a, b in zip(routed, sound, strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[others], np.asarray(b)[others])
+    for bad in (np.nan, -np.nan):  # the sign of nan is a bit that processors set at will
+        routed, _ = compiled(case)(x.at[1, 3, 2].set(bad))
+        assert all(jnp.isnan(a[1, 3]).any() for a in routed[1:])
+        for a, b in zip(routed, sound, strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[others], np.asarray(b)[others])
 
 
 @every
@@ -473,8 +474,8 @@ def test_cosine_logits(temperature):
         close(joined, differences(of_flat, jnp.asarray(flat, jnp.float64)), 1e-7)
         assert (exact[2] == 0) == (temperature < 0.01)
     (_, logits), gradients = run(tuple(jnp.asarray(a, jnp.float32) for a in values))
-    close(logits, cosine(*values), 2e-6)
-    close(gradients, exact, 1e-4 if temperature < 0.1 else 1e-5)
+    close(logits, cosine(*values), 1e-6)
+    close(gradients, exact, 5e-5 if temperature < 0.1 else 5e-6)  # sines of numbers up to 100
 
 
 def test_cosine_logits_of_nothing():
