@@ -59,9 +59,12 @@ def switch(logits: Float[Array, "*batch E"]) -> Routing:
     return softmax(logits, 1, renormalize=False)
 
 
-def jitter(x: Float[Array, "*shape"], key: PRNGKeyArray) -> Float[Array, "*shape"]:
-    """Each element of a router's input times its own U(0.99, 1.01), in training  (Switch)."""
-    return (x * jax.random.uniform(key, x.shape, jnp.float32, 0.99, 1.01)).astype(x.dtype)
+def jitter(
+    x: Float[Array, "*shape"], key: PRNGKeyArray, amount: float = 0.01
+) -> Float[Array, "*shape"]:
+    """Each element of a router's input times its own U(1 +- amount), in training  (Switch)."""
+    factors = jax.random.uniform(key, x.shape, jnp.float32, 1 - amount, 1 + amount)
+    return (x * factors).astype(x.dtype)
 
 
 def noisy(

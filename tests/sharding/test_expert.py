@@ -156,6 +156,6 @@ def test_bytes_are_those_of_the_formula(degree):
 )
 def test_what_does_not_fit_is_said(over, how, experts, says):
     x, weights, kernels, chosen, _ = jax.tree.map(jnp.asarray, data(experts, 1, "even"))
-    with jax.set_mesh(mesh.make(over)), schedule.using(how):
-        with pytest.raises(ValueError, match=says):
-            expert.run(compute, x, chosen, weights, kernels, experts)
+    context = jax.set_mesh(mesh.make(over)), schedule.using(how)
+    with context[0], context[1], pytest.raises(ValueError, match=says):
+        expert.run(compute, x, chosen, weights, kernels, experts)
