@@ -1,7 +1,11 @@
-"""Time and temporaries of each operation against a per-token scan, in one run on this machine.
+"""Time and temporaries of each operation against a plain one, in one run on this machine.
 
 python -m scanax.experiments.benchmark
 python -m scanax.experiments.benchmark --ops "gla" "mamba" --repeats 9 --out table.json
+python -m scanax.experiments.benchmark --ops grouped-8 grouped-64 --batch 1 --length 1024
+
+The plain one is a scan token by token under automatic differentiation; for `attention` the whole
+matrix of scores, for the grouped matmuls (8 or 64 experts share the rows) `jax.lax.ragged_dot`.
 
 Figures are medians of runs that alternate with the baseline's, so that a machine that slows down
 slows both; the ratio is the figure to compare. The bound beside each is the least time that the
@@ -26,14 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from scanax.kernels import attention, fixed_query, linear_attention, selective_scan
+from scanax.kernels import (
+    attention,
+    fixed_query,
+    grouped_matmul,
+    linear_attention,
+    selective_scan,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Time operations against a per-token scan under plain automatic differentiation."""
+    """Time operations against a plain implementation under automatic differentiation."""
 
-    ops: tuple[str, ...] = ("gla", "mamba2", "mamba", "aaren", "attention")
+    ops: tuple[str, ...] = ("gla", "mamba2", "mamba", "aaren", "attention", "grouped-8")
     """Which operations to time."""
     batch: int = 2
     """Rows."""
@@ -58,7 +68,7 @@ def linear_step(state, token):
     return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
 
 
-def problems(batch: int, length: int) -> dict[str, tuple[Callable, Callable, tuple, float]]:
+def problems(batch: int, length: int) -> dict[str, tuple[Callable, Callable, tuple, int]]:
     """name: (ours, baseline, arguments, multiply-adds of the forward pass)."""
     rng = np.random.default_rng(0)
 
@@ -106,6 +116,17 @@ def problems(batch: int, length: int) -> dict[str, tuple[Callable, Callable, tup
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshv->bthv", weights, v, precision="highest")
 
+    def grouped(experts, features=256, hidden=512):
+        rows = batch * length
+        sizes = rng.multinomial(rows, np.full(experts, 1 / experts))
+        x, w = normal(rows, features), normal(experts, features, hidden)
+        return (
+            grouped_matmul,
+            lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes, precision="highest"),
+            (x, w, jnp.asarray(sizes, jnp.int32)),
+            rows * features * hidden,
+        )
+
     return {
         "gla": (*linear, (q, k, v, logs, state), tokens * 2 * width * width),
         "mamba2": (*linear, (q, k, v, logs[..., 0], state), tokens * 2 * width * width),
@@ -117,16 +138,19 @@ def problems(batch: int, length: int) -> dict[str, tuple[Callable, Callable, tup
         ),
         "aaren": (fixed_query, aaren_baseline, (normal(heads, width), k, v), tokens * 2 * width),
         "attention": (attention, dense_attention, (q, k, v), tokens * width * length),
+        "grouped-8": grouped(8),
+        "grouped-64": grouped(64),
     }
 
 
 def compile_both(run: Callable, arguments: tuple) -> tuple[Any, Any]:
-    """The forward pass, and with it the gradient of a sum of squares to every argument."""
+    """The forward pass, and with it the gradient of a sum of squares to every float argument."""
 
     def loss(*args):
         return sum(jnp.sum(x * x) for x in jax.tree.leaves(run(*args)))
 
-    gradient = jax.grad(loss, argnums=tuple(range(len(arguments))))
+    floats = (i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
+    gradient = jax.grad(loss, argnums=tuple(floats))
     forward, both = (jax.jit(f).lower(*arguments).compile() for f in (run, gradient))
     return forward, both
 

@@ -1,10 +1,12 @@
-"""Sequence-mixing operations: arrays in, arrays out; no parameters, no config, no meshes.
+"""Operations of sequence models: arrays in, arrays out; no parameters, no config, no meshes.
 
 Letters, here and in every file of this folder:
     B batch    T time    S source time    H heads    G groups of heads (each G divides H)
     K key      V value   D width          N state    E experts    C chunk    c sub-chunk
+    M rows, in groups of one expert each; K and N are then the features in and out
 
-Read `monoid` first: every operation is one monoid, and an implementation is a schedule of it.
+Read `monoid` first: every operation that mixes a sequence is one monoid, and an implementation is a
+schedule of it. `grouped_matmul` mixes nothing: every row goes alone.
 """
 
 from .attention import attention, fixed_query
