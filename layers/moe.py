@@ -122,7 +122,7 @@ class MoE(nnx.Module):
             config.experts,
             bias=None if self.down_bias is None else self.down_bias[...],
             capacity=0.0 if key is None else config.capacity,
-            by=config.priority,
+            scores=probabilities.max(axis=-1) if config.priority == "score" else None,
         )
         if self.shared is not None:
             always = self.shared(x)

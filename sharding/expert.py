@@ -45,6 +45,11 @@ class Layout(NamedTuple):
         return max(self.devices // self.experts, 1)
 
     @property
+    def local(self) -> int:
+        """Experts, or slices of one, that a device computes."""
+        return max(self.experts // self.devices, 1) if self.degree else self.experts
+
+    @property
     def replicas(self) -> int:
         """Devices that compute the same slice, each for a share of its tokens."""
         return self.parts // self.degree if self.degree else 1
@@ -90,7 +95,7 @@ def run(
     *,
     bias: Float[Array, "E D"] | None = None,
     capacity: float = 0.0,
-    by: str = "order",
+    scores: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
     """y_t = sum over k of weights_tk (compute(x_t, expert chosen_tk) + its bias), share dropped.
 
@@ -98,16 +103,18 @@ def run(
     dtype as (experts, F, D) and (experts, F), and rows of x sorted by expert, of which there are
     `sizes`; its sum over slices of F is what the expert makes of them. A chosen expert of E is
     none. With a `capacity` factor an expert takes no more than `routing.capacity` of each device's
-    tokens, as `routing.ranks` puts them `by` order or score; 0 drops none.
+    tokens, first choices before second ones, then by descending `scores`, or by order if that is
+    None; 0 drops none.
 
     Sums are in at least float32, y in x's dtype. ValueError for sizes that do not fit the mesh.
     """
     hidden = next(iter(kernels.values())).shape[0] // experts
     place = functools.partial(
-        _local, compute, layout(experts, hidden), capacity=capacity, by=by, ladder=()
+        _local, compute, layout(experts, hidden), capacity=capacity, ladder=()
     )
+    choice = chosen, weights, None if scores is None else scores[..., None]
     if not mesh.several():
-        return place(x, chosen, weights, kernels, bias)
+        return place(x, choice, kernels, bias)
     mesh.check(*x.shape[:2])
     stream = matmul.stream(x)
     cut = (stream,) if isinstance(stream, str) else stream or ()
@@ -117,34 +124,25 @@ def run(
     local = functools.partial(
         place, same=same, every=every, ladder=schedule.in_force().expert_ladder
     )
-    return manual(local, (tokens, tokens, tokens, lying, P()), (tokens, P()))(
-        x, chosen, weights, kernels, bias
-    )
+    specs = (tokens, tokens, lying, P()), (tokens, P())
+    return manual(local, *specs)(x, choice, kernels, bias)
 
 
 def _local(
-    compute, plan, x, chosen, weights, kernels, bias, *, capacity, by, ladder, same=(), every=()
+    compute, plan, x, choice, kernels, bias, *, capacity, ladder, same=(), every=()
 ) -> tuple[Array, Array]:
     """One device's tokens; those that the devices along `same` have in common they share out."""
-    shape, k = x.shape, chosen.shape[-1]
-    x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
-    count = x.shape[0]
+    shape, count = x.shape, x.shape[0] * x.shape[1]
+    x, choice = jax.tree.map(lambda a: a.reshape(count, -1), (x, choice))
     if same:
-        x, chosen, weights = (
-            _share(a, fill, same) for a, fill in ((x, 0), (chosen, plan.experts), (weights, 0))
-        )
-    most = x.shape[0]  # of one expert's tokens
+        fills = 0, (plan.experts, 0, None if choice[2] is None else 0)
+        x, choice = jax.tree.map(functools.partial(_share, axes=same), (x, choice), fills)
+    (chosen, weights, scores), tokens = choice, x.shape[0]
+    most = tokens  # of one expert
     if capacity:
-        most = min(most, routing.capacity(most, plan.experts, k, capacity))
-    trip = _trip(plan, most, chosen, weights, by)
-    rungs = [x.shape[0] * k]
-    if plan.degree:
-        worst = min(
-            x.shape[0] * k, -(-most // plan.replicas) * max(plan.experts // plan.devices, 1)
-        )
-        mean = x.shape[0] * k / plan.bins
-        wanted = {worst, *(min(math.ceil(mean * factor), worst) for factor in ladder)}
-        rungs = sorted({-(-rung // plan.slices) * plan.slices for rung in wanted})
+        most = min(most, routing.capacity(tokens, plan.experts, chosen.shape[1], capacity))
+    trip = _trip(plan, most, chosen, scores)
+    rungs = _rungs(plan, tokens, most, chosen.shape[1], ladder)
     branches = [functools.partial(_there_and_back, compute, plan, rung) for rung in rungs]
     kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
     if len(branches) == 1:
@@ -169,6 +167,16 @@ def _local(
     return y.reshape(shape), dropped[0] / jnp.maximum(dropped[1], 1).astype(jnp.float32)
 
 
+def _rungs(plan, tokens, most, k, ladder) -> list[int]:
+    """Room in a bin that there may be, ascending; the last holds any choice of `tokens`."""
+    if plan.degree == 0:
+        return [tokens * k]
+    worst = min(tokens * k, -(-most // plan.replicas) * plan.local)
+    even = tokens * k / plan.bins
+    wanted = {worst, *(min(math.ceil(even * factor), worst) for factor in ladder)}
+    return sorted({-(-room // plan.slices) * plan.slices for room in wanted})
+
+
 def _share(x, fill, axes):
     """This device's of equal parts of the rows, filled up to as many as divide."""
     ways = mesh.size(*axes)
@@ -190,8 +198,11 @@ class Trip(NamedTuple):
     """How many there are of each lane."""
 
 
-def _trip(plan, most, chosen, weights, by) -> Trip:
-    ranks = routing.ranks(chosen, weights, plan.experts, by=by)
+def _trip(plan, most, chosen, scores) -> Trip:
+    order = jnp.zeros(chosen.shape, jnp.float32) if scores is None else scores
+    order = jnp.broadcast_to(order, chosen.shape)
+    by = "order" if scores is None else "score"
+    ranks = routing.ranks(chosen, order, plan.experts, by=by)
     kept = (chosen < plan.experts) & (ranks < most)
     # an expert's tokens are dealt out to its replicas
     lanes = jnp.where(kept, chosen * plan.replicas + ranks % plan.replicas, 0)
@@ -211,16 +222,16 @@ def _starts(sizes, axis=0):
 def _there_and_back(compute, plan, room, floats, trip):
     """What the experts make of every assignment (n, k, D), with `room` in each bin."""
     x, kernels = floats
-    width, lanes = x.shape[1], trip.sizes.shape[0] // plan.bins
-    begins = _starts(trip.sizes).reshape(plan.bins, lanes)[:, 0]
-    bins = trip.lanes // lanes
+    width = x.shape[1]
+    begins = _starts(trip.sizes).reshape(plan.bins, plan.local)[:, 0]
+    bins = trip.lanes // plan.local
     slots = bins * room + trip.position - begins[bins]
     slots = jnp.where(trip.kept, slots, plan.bins * room)
     rows = _inverse(slots, plan.bins * room)
     sent = take(x, rows, slots)
     if plan.degree == 0:
         return collect(compute(sent, trip.sizes, kernels), rows, slots)
-    counts = _repeated(plan, trip.sizes.reshape(plan.bins, lanes))
+    counts = _repeated(plan, trip.sizes.reshape(plan.bins, plan.local))
     counts = _all_to_all(plan, counts)  # of each device's tokens for each expert here
     sent = _repeated(plan, sent.reshape(plan.bins, room, width))
     size, back = room // plan.slices, []
@@ -284,8 +295,7 @@ def _gathered(plan, w, dtype):
     """(experts, F, ...) of what a device computes with, from its own part of (E F, ...)."""
     if plan.devices > 1 or mesh.size("fsdp") > 1:
         w = _whole(plan, dtype, w)
-    experts = plan.experts if plan.degree == 0 else max(plan.experts // plan.devices, 1)
-    return w.astype(dtype).reshape(experts, -1, *w.shape[1:])
+    return w.astype(dtype).reshape(plan.local, -1, *w.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

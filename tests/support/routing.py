@@ -1,14 +1,11 @@
 """Routers as formulas in numpy's float64, which sort where ours reduce."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scanax.kernels import routing
 
 B, T, E, CAPACITY = 2, 10, 8, 4
-PARITY = Path(__file__).parents[1] / "parity"
 KEY = 7
 BIAS = np.linspace(-0.4, 0.4, E)
 
