@@ -59,12 +59,15 @@ def test_a_bad_layout_would_be_heard(capfd):
         ("data=2,seq=2,tensor=2", PLAIN),
         ("fsdp=2,seq=2,tensor=2", Schedule(matmul="ring", attention="ring")),
         ("pipe=2,fsdp=2,tensor=2", PLAIN),
+        ("expert=2,fsdp=2,tensor=2", PLAIN),
     ],
 )
 def test_a_training_step_is_laid_out_well(over, how, capfd):
     model = MODEL
     if "pipe" in over:
         model = LMConfig(**vars(MODEL) | {"pattern": "mamba2,attention+swiglu"})
+    if "expert" in over:
+        model = LMConfig(**vars(MODEL) | {"pattern": "gla+moe"})
     with afresh():
         compiled(model, over, how)
     assert WARNING not in capfd.readouterr().err

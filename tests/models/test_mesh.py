@@ -14,6 +14,8 @@ from scanax.layers.lightning import LightningConfig
 from scanax.layers.mamba import MambaConfig
 from scanax.layers.mamba2 import Mamba2Config
 from scanax.layers.mlp import MLPConfig
+from scanax.layers.moe import MoEConfig
+from scanax.layers.router import ROUTERS, RouterConfig
 from scanax.models import LM, LMConfig, merge, split
 from scanax.models.partition import shardings, specs, state_shardings
 from scanax.sharding import mesh, schedule
@@ -115,8 +117,14 @@ def test_every_option_has_its_place():
         attention=AttentionConfig(heads=4, bias=True, out_bias=True),
         lightning=LightningConfig(norm_scale=True),
     )
-    _, params, _ = split(nnx.eval_shape(lambda: LM(biased, rngs=nnx.Rngs(0))))
-    assert jax.tree.structure(specs(biased, params), is_leaf=lambda x: isinstance(x, jax.P))
+    every = [biased]
+    for kind in ROUTERS.keys() - {"expert-choice"}:
+        moe = MoEConfig(router=RouterConfig(kind=kind), shared=8, shared_gate=True)
+        every.append(dataclasses.replace(biased, depth=1, pattern="gla+moe", moe=moe))
+    for config in every:
+        _, params, _ = split(nnx.eval_shape(lambda config=config: LM(config, rngs=nnx.Rngs(0))))
+        tree = specs(config, params)
+        assert jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, jax.P))
 
 
 def test_one_token_decodes_over_rows_and_heads():

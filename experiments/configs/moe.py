@@ -1,0 +1,28 @@
+"""Gated linear attention with eight experts in place of each MLP, two for a token: a linear-MoE.
+
+The dense model of equal active parameters is `--model.pattern gla+swiglu --model.mlp.hidden 384`.
+"""
+
+from scanax.experiments.config import TrainConfig
+from scanax.experiments.optimizer import OptimizerConfig
+from scanax.experiments.tasks.lm import LMTask
+from scanax.layers import GLAConfig, MLPConfig
+from scanax.models import LMConfig
+
+config = TrainConfig(
+    task=LMTask(
+        rows=8,
+        length=256,
+        final_batches=128,
+        model=LMConfig(
+            width=160,
+            depth=6,
+            pattern="gla+moe",
+            gla=GLAConfig(conv=4),
+            mlp=MLPConfig(hidden=192),
+        ),
+    ),
+    steps=400,
+    validate_every=100,
+    optimizer=OptimizerConfig(warmup=20),
+)

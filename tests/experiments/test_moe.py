@@ -1,0 +1,91 @@
+"""Experts in the trainer: one device or eight, what is logged, and checkpoints between meshes."""
+
+import jax
+import numpy as np
+import pytest
+from scanax.experiments import checkpoint, evaluate, flags, metrics, train
+from support.compare import close
+from support.runs import args
+
+EXPERTS = "--rows 8 --model.pattern gla+moe --model.mlp.hidden 16 "
+SIGMOID = EXPERTS + "--model.moe.router.kind sigmoid --accumulate 2 --model.moe.experts 4 "
+
+
+def rows(folder, name):
+    return np.array([row[name] for row in metrics.read(folder)])
+
+
+@pytest.fixture(scope="module")
+def alone(texts, tmp_path_factory):
+    """Ten steps on one device."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    assert train.main([*args(texts, folder, EXPERTS), "--steps", "10"]) == 0
+    return folder
+
+
+def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
+    run = train.prepare(
+        flags.train([*args(texts, tmp_path / "r", EXPERTS), "--steps", "10", "--mesh", "expert=8"])
+    )
+    up = run.state["params"]["blocks"][0]["mlp"]["up"]
+    moment = run.state["optimizer"][1].nu["blocks"][0]["mlp"]["up"]
+    for x in (up, moment):
+        assert {s.data.size for s in x.addressable_shards} == {x.size // 8}
+    train.train(run)
+    for name, bar in (("loss", 1e-5), ("moe_balance", 1e-5), ("moe_load", 1e-5)):
+        close(rows(tmp_path / "r", name), rows(alone, name), bar)
+    # and goes on with another number of experts on a device, from the same arrays
+    about = checkpoint.manifest(tmp_path / "r", 10)["arrays"]
+    target = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about.items()}
+    saved = checkpoint.restore(tmp_path / "r", target, 10).state
+    for over in ("expert=2,tensor=2", ""):
+        resume = ["--resume", "--run", str(tmp_path / "r"), "--steps", "11", "--mesh", over]
+        resumed = train.prepare(flags.train(resume))
+        for name, leaf in resumed.program.task.by_layer(resumed.state["params"]).items():
+            np.testing.assert_array_equal(leaf, saved[f"params.{name}"])
+    train.train(resumed)
+    assert checkpoint.latest(tmp_path / "r") == 11
+
+
+def test_what_is_logged(alone):
+    load = rows(alone, "moe_load")
+    assert load.shape[2] == 8 and (load >= 0).all()
+    close(load.sum(2), np.ones(load.shape[:2]), 1e-6)
+    close(rows(alone, "moe_max_load"), load.max((1, 2)) * 8, 1e-6)
+    assert (rows(alone, "moe_dropped") == 0).all()
+    entropy = rows(alone, "moe_entropy")
+    assert (entropy > 0).all() and (entropy <= np.log(8) + 1e-6).all()
+
+
+def test_a_bias_moves_in_training_and_is_kept(texts, tmp_path):
+    run = train.prepare(flags.train([*args(texts, tmp_path / "r", SIGMOID), "--steps", "2"]))
+    train.train(run)
+    bias = run.state["params"]["blocks"][0]["mlp"]["router"]["bias"]
+    load = rows(tmp_path / "r", "moe_load")
+    uneven = (np.abs(load - 1 / 4) > 1e-6).all(0)
+    assert uneven.sum() >= 4
+    close(bias[uneven], (1e-3 * np.sign(1 / 4 - load).sum(0))[uneven], 1e-6)
+    again = train.prepare(
+        flags.train(
+            ["--resume", "--run", str(tmp_path / "r"), "--steps", "3", "--mesh", "tensor=2"]
+        )
+    )
+    router = again.state["params"]["blocks"][0]["mlp"]["router"]
+    np.testing.assert_array_equal(router["bias"], bias)
+
+
+def test_a_capacity_drops_in_training_only(texts, tmp_path):
+    more = EXPERTS + "--model.moe.capacity 0.5 --model.moe.priority score "
+    assert train.main([*args(texts, tmp_path / "r", more), "--steps", "2"]) == 0
+    assert (rows(tmp_path / "r", "moe_dropped") > 0.2).all()
+    command = ["--checkpoint", str(tmp_path / "r"), "--tokens", "200", "--no-plot"]
+    assert evaluate.main([*command, "--mesh", "expert=2"]) == 0
+
+
+def test_what_a_router_cannot_do_is_said_in_a_line(texts, tmp_path, capsys):
+    more = "--model.moe.router.kind expert-choice "
+    assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("train: moe.router.kind=expert-choice lets a later token")
+    assert train.main([*args(texts, tmp_path / "r", EXPERTS), "--mesh", "expert=3"]) == 2
+    assert "does not divide over expert=3 devices" in capsys.readouterr().err
