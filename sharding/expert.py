@@ -115,7 +115,7 @@ def run(
     choice = chosen, weights, None if scores is None else scores[..., None]
     if not mesh.several():
         return place(x, choice, kernels, bias)
-    mesh.check(*x.shape[:2])
+    mesh.check(x.shape[0], x.shape[1])
     stream = matmul.stream(x)
     cut = (stream,) if isinstance(stream, str) else stream or ()
     tokens, every = P(mesh.ROWS, stream), tuple(mesh.free())
@@ -146,7 +146,7 @@ def _local(
     branches = [functools.partial(_there_and_back, compute, plan, rung) for rung in rungs]
     kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
     if len(branches) == 1:
-        y = branches[0]((x, kernels), trip)
+        y: Any = branches[0]((x, kernels), trip)
     else:
         load = jax.lax.pmax(trip.sizes.reshape(plan.bins, -1).sum(axis=1).max(), every)
         rung = (load > jnp.array(rungs[:-1], jnp.int32)).sum(dtype=jnp.int32)
@@ -294,7 +294,8 @@ def _all_to_all(plan, x):
 def _gathered(plan, w, dtype):
     """(experts, F, ...) of what a device computes with, from its own part of (E F, ...)."""
     if plan.devices > 1 or mesh.size("fsdp") > 1:
-        w = _whole(plan, dtype, w)
+        gathered: Any = _whole(plan, dtype, w)
+        w = gathered
     return w.astype(dtype).reshape(plan.local, -1, *w.shape[1:])
 
 

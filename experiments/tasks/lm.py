@@ -20,7 +20,7 @@ from ...models import LM, LMConfig, by_layer, decayed, from_layers, rebalanced
 from ...models.block import runs
 from ...models.partition import shardings, state_shardings
 from ...models.pattern import parse
-from ...sharding.schedule import Schedule
+from ...sharding.schedule import PLAIN, Schedule
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
 from ..sampling import Choice, Generator
@@ -78,6 +78,11 @@ class LMTask:
         stages = over.shape["pipe"]
         model = dataclasses.replace(self.model, pipeline=(stages, how.rounds))
         runs(model)  # says whether the stages are alike
+        kinds = parse(model.pattern, model.depth)
+        for name, value in vars(how).items():
+            given = name.startswith("expert") and value != getattr(PLAIN, name)
+            if given and "moe" not in {kind.mlp for kind in kinds}:
+                raise ValueError(f"schedule.{name}={value}: pattern {model.pattern!r} has no moe")
         return dataclasses.replace(self, model=model)
 
     def build(self, rngs: nnx.Rngs) -> LM:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scanax.kernels import grouped_matmul
 from scanax.sharding import expert, hlo, mesh, schedule
+from scanax.sharding.expert_cost import Machine, Work, cost
 from scanax.sharding.schedule import PLAIN, Schedule
 from support.compare import close
 
@@ -134,15 +135,21 @@ def test_bytes_are_those_of_the_formula(degree):
         text = run.lower(*placed, kernels).compile().as_text()
     received = hlo.count(text).received
     parts, P = devices // experts, 2 * F * D * 4
+    bins = devices // degree if degree else 1
+    room = -(-T // (parts // degree)) if degree else 0  # all its tokens may choose one expert
+    work = Work(bins * room, D, F, matrices=2, itemsize=4)
+    modelled = cost(expert.Layout(devices, experts, degree), work, Machine(1.0, 1.0, 0.0))
     if degree == 0:
         assert "all-to-all" not in received
         assert received["all-gather"] == P * experts * (devices - 1) / devices
+        assert received["all-gather"] == modelled.gathered
         return
-    room = -(-T // (parts // degree))  # all of a device's tokens may choose one expert
-    S = devices // degree * room * D * 4
+    S = bins * room * D * 4
     counts = devices * 4 * (devices - 1) / devices
     assert received["all-to-all"] == 2 * degree * S * (devices - 1) / devices + counts
     assert received.get("all-gather", 0) == P * (1 / degree - 1 / parts)
+    assert received["all-to-all"] == modelled.sent + counts
+    assert received.get("all-gather", 0) == modelled.gathered
 
 
 @pytest.mark.parametrize(
