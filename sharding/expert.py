@@ -8,8 +8,8 @@ token to r slices of its expert, each gathered from G / r devices that share its
 `expert_slices` cuts what is sent, so that one part travels while another is computed. `expert_node`
 sends within nodes first, then between them.
 
-Dropless: what one device sends another has room for the most that any sends, of a few sizes
-(`expert_ladder`) that are compiled once; the load says which one runs.
+Dropless: what one device sends another has room of a few sizes (`expert_ladder`) that are compiled
+once. The load says which one runs; one that is too large for the last goes in several rounds.
 """
 
 import functools
@@ -142,15 +142,15 @@ def _local(
     if capacity:
         most = min(most, routing.capacity(tokens, plan.experts, chosen.shape[1], capacity))
     trip = _trip(plan, most, chosen, scores)
-    rungs = _rungs(plan, tokens, most, chosen.shape[1], ladder)
-    branches = [functools.partial(_there_and_back, compute, plan, rung) for rung in rungs]
+    rooms, holds = _rooms(plan, tokens, most, chosen.shape[1], ladder)
+    branches = tuple(functools.partial(_there_and_back, compute, plan, room) for room in rooms)
     kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
-    if len(branches) == 1:
-        y: Any = branches[0]((x, kernels), trip)
+    if holds and len(rooms) == 1:
+        y: Any = branches[0]((x, kernels), trip, 0)
     else:
         load = jax.lax.pmax(trip.sizes.reshape(plan.bins, -1).sum(axis=1).max(), every)
-        rung = (load > jnp.array(rungs[:-1], jnp.int32)).sum(dtype=jnp.int32)
-        y = _one_of(tuple(branches), rung, (x, kernels), trip)
+        rung = (load > jnp.array(rooms[:-1], jnp.int32)).sum(dtype=jnp.int32)
+        y = _one_of(branches, rooms[-1], rung, load, (x, kernels), trip)
     weights = jnp.where(trip.kept, weights, 0)
     y = jnp.einsum("nkd,nk->nd", y.astype(weights.dtype), weights, precision="highest")
     if bias is not None:
@@ -160,21 +160,23 @@ def _local(
     y = y.astype(x.dtype)
     if same:
         y = jax.lax.all_gather(y, same, axis=0, tiled=True)[:count]
-    asked = chosen < plan.experts
-    dropped = jnp.stack([asked.sum(dtype=jnp.int32) - trip.sizes.sum(), asked.sum(dtype=jnp.int32)])
-    if every:
-        dropped = jax.lax.psum(dropped, every)
-    return y.reshape(shape), dropped[0] / jnp.maximum(dropped[1], 1).astype(jnp.float32)
+    dropped = jnp.zeros((), jnp.float32)
+    if capacity:
+        asked = (chosen < plan.experts).sum(dtype=jnp.int32)
+        counts = jnp.stack([asked - trip.sizes.sum(dtype=jnp.int32), asked])
+        lost, asked = jax.lax.psum(counts, every) if every else counts
+        dropped = lost / jnp.maximum(asked, 1).astype(jnp.float32)
+    return y.reshape(shape), dropped
 
 
-def _rungs(plan, tokens, most, k, ladder) -> list[int]:
-    """Room in a bin that there may be, ascending; the last holds any choice of `tokens`."""
+def _rooms(plan, tokens, most, k, ladder) -> tuple[list[int], bool]:
+    """How much room a bin may have, ascending, and whether the last holds whatever is chosen."""
     if plan.degree == 0:
-        return [tokens * k]
+        return [tokens * k], True
     worst = min(tokens * k, -(-most // plan.replicas) * plan.local)
     even = tokens * k / plan.bins
-    wanted = {worst, *(min(math.ceil(even * factor), worst) for factor in ladder)}
-    return sorted({-(-room // plan.slices) * plan.slices for room in wanted})
+    wanted = {min(math.ceil(even * factor), worst) for factor in ladder} or {worst}
+    return sorted({-(-room // plan.slices) * plan.slices for room in wanted}), worst in wanted
 
 
 def _share(x, fill, axes):
@@ -219,32 +221,41 @@ def _starts(sizes, axis=0):
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
-def _there_and_back(compute, plan, room, floats, trip):
-    """What the experts make of every assignment (n, k, D), with `room` in each bin."""
+def _there_and_back(compute, plan, room, floats, trip, first):
+    """What the experts make of the assignments (n, k, D) that are the first to `first` + `room` of
+    their bin; of the others zero.
+    """
     x, kernels = floats
     width = x.shape[1]
     begins = _starts(trip.sizes).reshape(plan.bins, plan.local)[:, 0]
     bins = trip.lanes // plan.local
-    slots = bins * room + trip.position - begins[bins]
-    slots = jnp.where(trip.kept, slots, plan.bins * room)
+    within = trip.position - begins[bins] - first
+    slots = jnp.where(
+        trip.kept & (within >= 0) & (within < room), bins * room + within, plan.bins * room
+    )
     rows = _inverse(slots, plan.bins * room)
     sent = take(x, rows, slots)
     if plan.degree == 0:
         return collect(compute(sent, trip.sizes, kernels), rows, slots)
-    counts = _repeated(plan, trip.sizes.reshape(plan.bins, plan.local))
+    counts = _overlap(trip.sizes.reshape(plan.bins, plan.local), first, room)
+    counts = _repeated(plan, counts)
     counts = _all_to_all(plan, counts)  # of each device's tokens for each expert here
     sent = _repeated(plan, sent.reshape(plan.bins, room, width))
     size, back = room // plan.slices, []
-    for first in range(0, room, size):
-        begin = _starts(counts, axis=1)
-        some = jnp.clip(begin + counts, first, first + size) - jnp.clip(begin, first, first + size)
-        arrived = _all_to_all(plan, sent[:, first : first + size]).reshape(-1, width)
-        y = _by_expert(compute, arrived, some, size, kernels)
+    for begin in range(0, room, size):
+        arrived = _all_to_all(plan, sent[:, begin : begin + size]).reshape(-1, width)
+        y = _by_expert(compute, arrived, _overlap(counts, begin, size), size, kernels)
         back.append(_all_to_all(plan, y.reshape(plan.devices, size, width)))
     y = jnp.concatenate(back, axis=1)
     exact = jnp.promote_types(jnp.float32, x.dtype)
     y = y.reshape(-1, plan.degree, plan.replicas, room, width).sum(axis=1, dtype=exact)
     return collect(y.astype(x.dtype).reshape(-1, width), rows, slots)
+
+
+def _overlap(counts, first, room):
+    """Of rows sorted by expert, `counts` (..., experts), how many are among `room` from `first`."""
+    begin = _starts(counts, axis=1)
+    return jnp.clip(begin + counts, first, first + room) - jnp.clip(begin, first, first + room)
 
 
 def _by_expert(compute, x, counts, size, kernels):
@@ -363,26 +374,47 @@ take.defvjp(lambda x, rows, slots: (take(x, rows, slots), (rows, slots)), _take_
 collect.defvjp(lambda y, rows, slots: (collect(y, rows, slots), (rows, slots)), _collect_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_of(branches, index, floats, trip):
-    """branches[index](floats, trip). What one keeps for its gradient another would have to make
-    room for, so the backward pass begins from the arguments.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _one_of(branches, room, index, load, floats, trip):
+    """branches[index](floats, trip, 0); the last as often as its room goes into the load.
+
+    What one branch keeps for its gradient another would have to make room for, so the backward
+    pass begins from the arguments.
     """
-    return jax.lax.switch(index, branches, floats, trip)
+    return _switched(branches, room, index, load, floats, trip)
 
 
-def _one_of_forward(branches, index, floats, trip):
-    return _one_of(branches, index, floats, trip), (index, floats, trip)
+def _switched(branches, room, index, load, *arguments):
+    """The sum of a branch's results over its rounds, in the dtypes of one."""
+
+    def rounds(*arguments):
+        like = jax.eval_shape(branches[-1], *arguments, 0)
+        total = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), like
+        )
+
+        def add(i, total):
+            return jax.tree.map(jnp.add, total, branches[-1](*arguments, i * room))
+
+        total = jax.lax.fori_loop(0, -(-load // room), add, total)
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), total, like)
+
+    once = [lambda *arguments, one=one: one(*arguments, 0) for one in branches[:-1]]
+    return jax.lax.switch(index, [*once, rounds], *arguments)
 
 
-def _one_of_backward(branches, kept, g):
-    index, floats, trip = kept
+def _one_of_forward(branches, room, index, load, floats, trip):
+    return _one_of(branches, room, index, load, floats, trip), (index, load, floats, trip)
 
-    def back(branch, floats, trip, g):
-        return jax.vjp(lambda floats: branch(floats, trip), floats)[1](g)[0]
+
+def _one_of_backward(branches, room, kept, g):
+    index, load, floats, trip = kept
+
+    def back(branch, floats, trip, g, first):
+        return jax.vjp(lambda floats: branch(floats, trip, first), floats)[1](g)[0]
 
     each = [functools.partial(back, branch) for branch in branches]
-    return None, jax.lax.switch(index, each, floats, trip, g), None
+    return None, None, _switched(each, room, index, load, floats, trip, g), None
 
 
 _one_of.defvjp(_one_of_forward, _one_of_backward)

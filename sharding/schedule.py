@@ -42,7 +42,7 @@ class Schedule:
     """Devices of a node: tokens are exchanged within nodes first, then between them; 1: at once."""
     expert_ladder: tuple[float, ...] = (1.25, 2.0)
     """Room for tokens that one device sends another, over the even share, of which the least that
-    holds a step's load is taken; beyond the last there is room for all."""
+    holds a step's load is taken; more than the last holds goes in rounds. Empty: room for all."""
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
