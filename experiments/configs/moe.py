@@ -6,7 +6,7 @@ The dense model of equal active parameters is `--model.pattern gla+swiglu --mode
 from scanax.experiments.config import TrainConfig
 from scanax.experiments.optimizer import OptimizerConfig
 from scanax.experiments.tasks.lm import LMTask
-from scanax.layers import GLAConfig, MLPConfig
+from scanax.layers import GLAConfig, MLPConfig, MoEConfig, RouterConfig
 from scanax.models import LMConfig
 
 config = TrainConfig(
@@ -20,6 +20,7 @@ config = TrainConfig(
             pattern="gla+moe",
             gla=GLAConfig(conv=4),
             mlp=MLPConfig(hidden=192),
+            moe=MoEConfig(router=RouterConfig(balance=0.1)),
         ),
     ),
     steps=400,
