@@ -82,6 +82,12 @@ def main(args: list[str] | None = None) -> int:
 
 def report(config: Experts) -> None:
     """Print the table and what to choose. ValueError for a model or machine that cannot be."""
+    for name in ("tflops", "link_gbs", "repeats"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}; it must be more than 0")
+    if not 0 <= config.latency_us < math.inf:
+        raise ValueError(f"latency_us={config.latency_us}; it must be 0 or more")
     task = flags.preset(config.preset).task
     changed = {"rows": config.rows, "length": config.length}
     task = dataclasses.replace(task, **{k: v for k, v in changed.items() if v is not None})
@@ -103,6 +109,8 @@ def report(config: Experts) -> None:
             hidden,
             3 if model.moe.activation == "swiglu" else 2,
             jnp.dtype(model.dtype).itemsize,
+            room=PLAIN.expert_ladder[0],
+            again=True,
         )
         machine = machine_of(config)
         if machine is None and not config.measure:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
@@ -20,6 +21,9 @@ State = dict[str, Any]  # params, optimizer, stream (what the model carries over
 
 
 SCALARS = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+
+TRAINING = np.uint32(2**32 - 1)
 
 
 class Program(NamedTuple):
@@ -173,7 +177,8 @@ def make_step(
 
     def step(state, rest, batch, rate, draw):
         seed, number = draw
-        key = jax.random.fold_in(jax.random.key(seed), number)
+        key = jax.random.fold_in(jax.random.key(seed), TRAINING)  # apart from the parameters' draws
+        key = jax.random.fold_in(key, number)
 
         def loss(params, batch, stream, number):
             model = nnx.merge(graphdef, params, rest)

@@ -135,7 +135,10 @@ def sigmoid(
 
 def rebalanced(bias: Float[Array, "E"], load: Float[Array, "E"], rate: float) -> Float[Array, "E"]:
     """b_e + rate sign(mean load - load_e): the router's bias after a step  (arXiv:2408.15664)."""
-    return bias + (rate * jnp.sign(jnp.mean(load) - load)).astype(bias.dtype)
+    mean = jnp.mean(load)
+    rounding = 8 * jnp.finfo(load.dtype).eps * mean
+    short = jnp.where(jnp.abs(mean - load) > rounding, mean - load, 0)
+    return bias + (rate * jnp.sign(short)).astype(bias.dtype)
 
 
 def expert_choice(logits: Float[Array, "B T E"], capacity: int) -> Routing:

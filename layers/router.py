@@ -40,9 +40,10 @@ class RouterConfig:
     """sigmoid: groups of experts, of which only some are chosen from."""
     kept_groups: int = 1
     """sigmoid: how many groups a token's experts are of."""
-    balance: float = 0.01
+    balance: float | None = None
     """Coefficient of the loss that evens the load: experts x sum of share x probability, 1 when
-    even; noisy: the squared coefficients of variation of importance and load."""
+    even; noisy: the squared coefficients of variation of importance and load. None: 0.01, and for
+    sigmoid 0."""
     pooled: bool = False
     """Whether that loss is of the mean share and probability over all layers (Mixtral), rather than
     the sum of the layers' losses."""
@@ -58,6 +59,8 @@ class RouterConfig:
             value = getattr(self, field.name)
             if only and self.kind not in only and value != field.default:
                 raise ValueError(f"{field.name}={value} is for router {' or '.join(only)}")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"top={self.top}; it must be at least 1")
         if self.top is not None and known.top is not None and self.top != known.top:
             raise ValueError(f"top={self.top}; router {self.kind} chooses {known.top}")
         for name in ("temperature", "scale"):
@@ -81,7 +84,7 @@ class Routed(NamedTuple):
 class Router(nnx.Module):
     """Softmax of a projection, the top k of it."""
 
-    options: tuple[str, ...] = ("renormalize",)
+    options: tuple[str, ...] = ("renormalize", "pooled")
     top: int | None = None
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
@@ -103,20 +106,20 @@ class Router(nnx.Module):
 class GShard(Router):
     """Two experts, the second kept in training with probability min(1, 2 w2) (arXiv:2006.16668)."""
 
-    options = ()
+    options = ("pooled",)
     top = 2
 
     def __call__(self, x: Float[Array, "B T D"], key: Array | None = None) -> Routed:
         logits = self.logits(x)
         found = routing.gshard(logits, key)
-        most = jnp.argmax(logits, axis=-1)[..., None].astype(jnp.int32)
-        return Routed(found, logits, {"moe_first": routing.load(most, self.experts)})
+        first = routing.load(found.experts, self.experts, first=True)
+        return Routed(found, logits, {"moe_first": first})
 
 
 class Switch(Router):
     """One expert, weighted by its probability  (arXiv:2101.03961)."""
 
-    options = ("jitter",)
+    options = ("jitter", "pooled")
     top = 1
 
     def __call__(self, x: Float[Array, "B T D"], key: Array | None = None) -> Routed:
@@ -144,7 +147,7 @@ class Noisy(Router):
 class Cosine(Router):
     """Softmax of cosines over a learned temperature, the top k of it  (arXiv:2204.09179)."""
 
-    options = ("renormalize", "cosine_width", "temperature")
+    options = ("renormalize", "cosine_width", "temperature", "pooled")
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         self.config, self.experts = config, experts
@@ -160,7 +163,7 @@ class Cosine(Router):
 class Sigmoid(Router):
     """Top k of sigmoid(L) + bias, weights without the bias  (DeepSeek-V3, arXiv:2412.19437)."""
 
-    options = ("bias_rate", "scale", "groups", "kept_groups")
+    options = ("bias_rate", "scale", "groups", "kept_groups", "pooled")
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         super().__init__(width, experts, config, dtype=dtype, rngs=rngs)
@@ -231,7 +234,10 @@ def losses(config: RouterConfig, aux: dict[str, Array]) -> tuple[Any, dict[str, 
         balance = jax.vmap(routing.balance)(share, probability)
     else:
         balance = jax.vmap(routing.balance)(share, probability)
-    added = config.balance * balance.sum() + config.z * aux["moe_z"].sum()
+    coefficient = config.balance
+    if coefficient is None:
+        coefficient = 0.0 if config.kind == "sigmoid" else 0.01
+    added = coefficient * balance.sum() + config.z * aux["moe_z"].sum()
     figures = {
         "moe_balance": balance.mean(),
         "moe_z": aux["moe_z"].mean(),

@@ -19,15 +19,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ..kernels import routing
+from ..kernels.slots import collect, inverse, take
 from . import matmul, mesh, schedule
 from .sequence import manual
 
 GROUP = ("expert", "tensor")
 KERNEL, BIAS = P(GROUP, "fsdp"), P(GROUP)  # (E F, D) and (E F,)
+GATHERED = "experts' weights of several devices"
+# They are gathered once more for the backward pass: else a device would hold those of all layers.
+KEPT = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 
 class Layout(NamedTuple):
@@ -99,8 +104,8 @@ def run(
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
     """y_t = sum over k of weights_tk (compute(x_t, expert chosen_tk) + its bias), share dropped.
 
-    kernels are (E F, D) and biases (E F,). compute(x, sizes, kernels) gets those of a device in x's
-    dtype as (experts, F, D) and (experts, F), and rows of x sorted by expert, of which there are
+    kernels are (E F, D) and biases (E F,). compute(x, sizes, kernels) gets those of a device, as
+    (experts, F, D) and (experts, F), and rows of x sorted by expert, of which there are
     `sizes`; its sum over slices of F is what the expert makes of them. A chosen expert of E is
     none. With a `capacity` factor an expert takes no more than `routing.capacity` of each device's
     tokens, first choices before second ones, then by descending `scores`, or by order if that is
@@ -144,13 +149,17 @@ def _local(
     trip = _trip(plan, most, chosen, scores)
     rooms, holds = _rooms(plan, tokens, most, chosen.shape[1], ladder)
     branches = tuple(functools.partial(_there_and_back, compute, plan, room) for room in rooms)
-    kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
-    if holds and len(rooms) == 1:
-        y: Any = branches[0]((x, kernels), trip, 0)
-    else:
+
+    @functools.partial(jax.checkpoint, policy=KEPT)
+    def used(x, kernels, trip):
+        kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
+        if holds and len(rooms) == 1:
+            return branches[0]((x, kernels), trip, 0)
         load = jax.lax.pmax(trip.sizes.reshape(plan.bins, -1).sum(axis=1).max(), every)
         rung = (load > jnp.array(rooms[:-1], jnp.int32)).sum(dtype=jnp.int32)
-        y = _one_of(branches, rooms[-1], rung, load, (x, kernels), trip)
+        return _one_of(branches, rooms[-1], rung, load, (x, kernels), trip)
+
+    y: Any = used(x, kernels, trip)
     weights = jnp.where(trip.kept, weights, 0)
     y = jnp.einsum("nkd,nk->nd", y.astype(weights.dtype), weights, precision="highest")
     if bias is not None:
@@ -208,9 +217,9 @@ def _trip(plan, most, chosen, scores) -> Trip:
     kept = (chosen < plan.experts) & (ranks < most)
     # an expert's tokens are dealt out to its replicas
     lanes = jnp.where(kept, chosen * plan.replicas + ranks % plan.replicas, 0)
-    of_expert = (kept[..., None] & (chosen[..., None] == jnp.arange(plan.experts))).sum(
-        axis=(0, 1), dtype=jnp.int32
-    )
+    each = jnp.arange(plan.experts, dtype=jnp.int32)
+    of_expert = kept[..., None] & (chosen[..., None] == each)
+    of_expert = of_expert.sum(axis=(0, 1), dtype=jnp.int32)
     dealt = jnp.arange(plan.replicas, dtype=jnp.int32)
     sizes = (of_expert[:, None] - dealt + plan.replicas - 1) // plan.replicas
     sizes = sizes.reshape(-1)
@@ -233,7 +242,7 @@ def _there_and_back(compute, plan, room, floats, trip, first):
     slots = jnp.where(
         trip.kept & (within >= 0) & (within < room), bins * room + within, plan.bins * room
     )
-    rows = _inverse(slots, plan.bins * room)
+    rows = inverse(slots, plan.bins * room)
     sent = take(x, rows, slots)
     if plan.degree == 0:
         return collect(compute(sent, trip.sizes, kernels), rows, slots)
@@ -270,16 +279,9 @@ def _by_expert(compute, x, counts, size, kernels):
     shift = _starts(sizes) + _starts(counts) - _starts(counts, axis=1)
     sorted_at = within[None] + jnp.take_along_axis(shift, here, axis=1)
     sorted_at = jnp.where(none, x.shape[0], sorted_at).reshape(-1, 1)
-    rows = _inverse(sorted_at, x.shape[0])
+    rows = inverse(sorted_at, x.shape[0])
     y = compute(take(x, rows, sorted_at), sizes, kernels)
     return collect(y, rows, sorted_at)[:, 0]
-
-
-def _inverse(slots, count):
-    """The assignment in each of `count` slots; those that there are, where there is none."""
-    each = jnp.arange(slots.size, dtype=jnp.int32)
-    none = jnp.full(count, slots.size, jnp.int32)
-    return none.at[slots.reshape(-1)].set(each, mode="drop", unique_indices=True)
 
 
 def _repeated(plan, x):
@@ -304,10 +306,10 @@ def _all_to_all(plan, x):
 
 def _gathered(plan, w, dtype):
     """(experts, F, ...) of what a device computes with, from its own part of (E F, ...)."""
-    if plan.devices > 1 or mesh.size("fsdp") > 1:
+    if _gathers(plan, w.ndim):
         gathered: Any = _whole(plan, dtype, w)
-        w = gathered
-    return w.astype(dtype).reshape(plan.local, -1, *w.shape[1:])
+        w = checkpoint_name(gathered, GATHERED)
+    return w.reshape(plan.local, -1, *w.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -345,33 +347,6 @@ def _whole_backward(plan, dtype, like, g):
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
-
-
-@jax.custom_vjp
-def take(x: Float[Array, "n D"], rows: Int[Array, "S"], slots: Int[Array, "n k"]):
-    """x of each slot's assignment (S, D), zero where it has none: rows[slots[i, j]] = i k + j."""
-    return x.at[rows // slots.shape[1]].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def collect(y: Float[Array, "S D"], rows: Int[Array, "S"], slots: Int[Array, "n k"]):
-    """y of each assignment's slot (n, k, D), zero where it has none."""
-    return y.at[slots].get(mode="fill", fill_value=0)
-
-
-def _take_backward(where, g):
-    rows, slots = where
-    exact = jnp.promote_types(jnp.float32, g.dtype)
-    return collect(g, rows, slots).sum(axis=1, dtype=exact).astype(g.dtype), None, None
-
-
-def _collect_backward(where, g):
-    rows, slots = where
-    return g.reshape(slots.size, -1).at[rows].get(mode="fill", fill_value=0), None, None
-
-
-take.defvjp(lambda x, rows, slots: (take(x, rows, slots), (rows, slots)), _take_backward)
-collect.defvjp(lambda y, rows, slots: (collect(y, rows, slots), (rows, slots)), _collect_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

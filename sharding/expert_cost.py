@@ -2,8 +2,9 @@
 
 A device's traffic, forward, in elements (Tutel, arXiv:2206.03382): 2 r S (W - 1) / W for tokens
 there and back, with S the assignments of its tokens, and P (1 / r - 1 / G) for weights of P an
-expert; P E (W - 1) / W where no token is sent. The backward pass exchanges as much, and computes
-twice as much.
+expert; P E (W - 1) / W where no token is sent. The backward pass exchanges as much, sums weights'
+gradients in float32, and computes twice as much; with a ladder it sends and computes the tokens
+once more, and gathered weights are gathered once more.
 """
 
 from typing import NamedTuple
@@ -34,6 +35,10 @@ class Work(NamedTuple):
     """Kernels of an expert: three with a gate, else two."""
     itemsize: int
     """Bytes of a number, as it is computed with and sent."""
+    room: float = 1.0
+    """What is sent over what there is: the factor of the ladder that holds the load."""
+    again: bool = False
+    """Whether there is a ladder."""
 
 
 class Cost(NamedTuple):
@@ -67,17 +72,22 @@ def cost(plan: Layout, work: Work, machine: Machine) -> Cost:
     """Of one layout."""
     one = work.matrices * work.hidden * work.width * work.itemsize  # an expert's weights
     rest = (plan.devices - 1) / plan.devices
-    tokens = work.assignments * work.width * work.itemsize
+    tokens = work.assignments * work.room * work.width * work.itemsize
     sent = 2 * plan.degree * tokens * rest
     gathered = one * plan.experts * rest
     if plan.degree:
         gathered = one * (1 / plan.degree - 1 / plan.parts)
     compute = 2 * work.assignments * work.matrices * work.hidden * work.width / machine.flops
-    weights = gathered / machine.link + machine.latency * bool(gathered)
-    way = sent / 2 / machine.link / plan.slices + machine.latency * bool(sent)
-    seconds = sum(
-        weights + pipelined(plan.slices, way, times * compute / plan.slices) for times in (1, 2)
+    # there, once more for the backward pass, and gradients back
+    weights = gathered * (2 + 4 / work.itemsize) / machine.link + 3 * machine.latency * bool(
+        gathered
     )
+    way = sent / 2 / machine.link / plan.slices + machine.latency * bool(sent)
+    seconds = weights
+    for times in (1, 2):
+        seconds += pipelined(plan.slices, way, times * compute / plan.slices)
+    if work.again and plan.degree:
+        seconds += plan.slices * way + compute
     return Cost(plan.degree, plan.slices, sent, gathered, seconds)
 
 

@@ -5,6 +5,7 @@ that were compiled under another are compiled again.
 """
 
 import dataclasses
+import math
 from contextlib import AbstractContextManager
 from typing import Literal, get_args, get_origin
 
@@ -39,7 +40,8 @@ class Schedule:
     expert_slices: int = 1
     """In how many parts tokens are sent to experts, one while another is computed."""
     expert_node: int = 1
-    """Devices of a node: tokens are exchanged within nodes first, then between them; 1: at once."""
+    """Neighbours along the axes expert and tensor that make a node: tokens are exchanged within
+    nodes first, then between them; 1: at once."""
     expert_ladder: tuple[float, ...] = (1.25, 2.0)
     """Room for tokens that one device sends another, over the even share, of which the least that
     holds a step's load is taken; more than the last holds goes in rounds. Empty: room for all."""
@@ -54,8 +56,13 @@ class Schedule:
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least {least}")
-        if any(factor <= 0 for factor in self.expert_ladder):
-            raise ValueError(f"expert_ladder={self.expert_ladder}; all must be more than 0")
+        if not all(0 < factor < math.inf for factor in self.expert_ladder):
+            raise ValueError(f"expert_ladder={self.expert_ladder}; all must be finite, more than 0")
+        for name in ("expert_slices", "expert_node", "expert_ladder"):
+            value = getattr(self, name)
+            default = {field.name: field.default for field in dataclasses.fields(self)}[name]
+            if self.expert_degree == 0 and value != default:
+                raise ValueError(f"{name}={value} is for tokens that travel; expert_degree=0")
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raise a ValueError for a choice that these sizes of a mesh's axes leave no use for."""

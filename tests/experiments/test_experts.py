@@ -62,6 +62,8 @@ def test_a_setting_is_timed():
         ("stdlib --mesh expert=8", "pattern 'mamba+none' has no experts"),
         ("moe", "mesh '' has one device for all experts; try expert=8"),
         ("moe --mesh expert=8", "what a 'cpu' does is not known: give --tflops and --link-gbs"),
+        ("moe --mesh expert=8 --tflops 0", "tflops=0.0; it must be more than 0"),
+        ("moe --mesh expert=8 --measure --repeats 0", "repeats=0; it must be more than 0"),
         ("moe --mesh expert=8 --tflops 1", "give both --tflops and --link-gbs"),
         ("moe --mesh expert=8 --rows 9", "rows=9 does not divide over expert=8 devices"),
     ],

@@ -62,9 +62,8 @@ def test_a_bias_moves_in_training_and_is_kept(texts, tmp_path):
     train.train(run)
     bias = run.state["params"]["blocks"][0]["mlp"]["router"]["bias"]
     load = rows(tmp_path / "r", "moe_load")
-    uneven = (np.abs(load - 1 / 4) > 1e-6).all(0)
-    assert uneven.sum() >= 4
-    close(bias[uneven], (1e-3 * np.sign(1 / 4 - load).sum(0))[uneven], 1e-6)
+    short = np.where(np.abs(load - 1 / 4) > 1e-6, 1 / 4 - load, 0)
+    close(bias, 1e-3 * np.sign(short).sum(0), 1e-6)
     again = train.prepare(
         flags.train(
             ["--resume", "--run", str(tmp_path / "r"), "--steps", "3", "--mesh", "tensor=2"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.layers import MLPConfig, MoE, MoEConfig, RouterConfig
-from support.compare import close
+from support.compare import close, rms
 
 D, F, E = 8, 12, 5
 erf = np.vectorize(math.erf)
@@ -77,6 +77,23 @@ def test_experts_compute_in_bfloat16_and_routers_in_float32():
     expected, _ = exact(x)
     error = np.float64(y) - np.float64(expected)
     assert np.sqrt((error**2).mean()) < 0.02 * np.sqrt((np.float64(expected) ** 2).mean())
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32():
+    """Of biases too: thousands of tokens' terms."""
+    config = MoEConfig(2, F, "relu")
+    x = jax.random.normal(jax.random.key(0), (4, 1024, D), jnp.float32) + 1
+
+    def loss(params, graph):
+        return jnp.mean(nnx.merge(graph, params)(x)[0].astype(jnp.float32) + 1)
+
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        layer, _ = drawn(config, MLPConfig(bias=True), dtype=dtype)
+        graph, params = nnx.split(layer)
+        found.append(nnx.to_pure_dict(jax.grad(loss)(params, graph)))
+    found = [{name: g[name] for name in ("up", "down", "up_bias", "down_bias")} for g in found]
+    rms(*found, 0.02)
 
 
 def test_what_is_not_finite_stays_with_its_token():

@@ -159,6 +159,11 @@ def test_a_bias_moves_against_the_load():
     np.testing.assert_allclose(biases, [[-1e-3, 1e-3, 1e-3, 1e-3], [0, 0, 0, 0]], atol=1e-9)
     same = rebalanced(MODEL, params, load)
     assert same is params
+    # and no loss stands beside it, unless it is asked for
+    aux = {"moe_load": load, "moe_probability": load}
+    aux |= {name: jnp.zeros(2, jnp.float32) for name in ("moe_z", "moe_dropped", "moe_entropy")}
+    assert losses(config.moe.router, aux)[0] == 0
+    assert losses(RouterConfig(kind="sigmoid", balance=0.1), aux)[0] > 0.1
 
 
 def test_experts_that_choose_are_for_no_language_model():
@@ -172,6 +177,10 @@ def test_experts_that_choose_are_for_no_language_model():
     ("config", "options", "says"),
     [
         (RouterConfig, {"kind": "switch", "top": 2}, "top=2; router switch chooses 1"),
+        (RouterConfig, {"kind": "noisy", "pooled": True}, "pooled=True is for router softmax or"),
+        (RouterConfig, {"top": 0}, "top=0; it must be at least 1"),
+        (Schedule, {"expert_degree": 0, "expert_slices": 2}, "expert_slices=2 is for tokens"),
+        (Schedule, {"expert_ladder": (float("inf"),)}, "expert_ladder=.*must be finite"),
         (RouterConfig, {"scale": 2.0}, "scale=2.0 is for router sigmoid"),
         (RouterConfig, {"kind": "noisy", "jitter": 0.1}, "jitter=0.1 is for router switch"),
         (RouterConfig, {"kind": "cosine", "temperature": 0.0}, "temperature=0.0; it must be more"),

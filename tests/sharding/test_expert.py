@@ -17,6 +17,7 @@ FLAT = dataclasses.replace(PLAIN, expert_ladder=())
 # experts, choices, mesh, schedule; every setting of one schedule stands beside several others
 CASES = (
     (4, 1, "", PLAIN),
+    (2, 2, "expert=8", Schedule(expert_degree=2, expert_slices=3)),
     (4, 2, "expert=8", Schedule(expert_degree=0)),
     (4, 2, "expert=8", Schedule(expert_degree=1, expert_slices=2)),
     (4, 1, "expert=8", Schedule(expert_degree=2, expert_slices=4, expert_node=4)),
@@ -89,6 +90,28 @@ def test_experts_over_devices_are_the_dense_computation(case):
             close(grads, expected_grads, 1e-4)
 
 
+def test_the_load_says_how_much_room_there_is():
+    """Rows that a device's experts get: of the least room that holds the load, or in rounds."""
+    seen = []
+
+    def heard(x, sizes, kernels):
+        jax.debug.callback(lambda: seen.append(x.shape[0]))
+        return compute(x, sizes, kernels)
+
+    x, weights, kernels, _, _ = data(8, 1, "even")
+    even = np.tile(np.arange(8, dtype=np.int32), B * T // 8).reshape(B, T, 1)
+    half = np.where(even % 2 == 0, even, 0)
+    how = Schedule(expert_ladder=(1.5, 3.0))  # of 12 tokens, 1.5 for each of 8 devices
+    with jax.set_mesh(mesh.make("expert=8")), schedule.using(how):
+        run = jax.jit(lambda *a: expert.run(heard, *a, 8)[0])
+        for chosen, room, rounds in ((even, 3, 1), (half, 5, 2), (np.zeros_like(even), 5, 3)):
+            seen.clear()
+            y = run(x, chosen, weights, kernels)
+            jax.effects_barrier()
+            assert seen == [8 * room] * rounds * 8
+            close(y, dense(x, chosen, weights, kernels, 8), 1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 7])
 def test_tokens_that_do_not_divide_are_shared_out(length):
     inputs = data(8, 2, "even", length)
@@ -125,7 +148,7 @@ def test_bytes_are_those_of_the_formula(degree):
     """2 r S (W - 1) / W for tokens there and back, P (1 / r - 1 / G) for an expert's weights."""
     devices, experts, k = 8, 2, 1
     x, weights, kernels, chosen, _ = data(experts, k, "even")
-    how = dataclasses.replace(FLAT, expert_degree=degree)
+    how = dataclasses.replace(FLAT, expert_degree=degree) if degree else Schedule(expert_degree=0)
     over = mesh.make("expert=8")
     with jax.set_mesh(over), schedule.using(how):
         rows = mesh.sharding(over, mesh.ROWS)
