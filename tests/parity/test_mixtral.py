@@ -7,25 +7,14 @@ from scanax.layers import AttentionConfig, MLPConfig, MoEConfig, RouterConfig
 from scanax.layers.router import losses
 from scanax.models import LM, LMConfig, merge, split
 from support.compare import close
-from support.parity import Case, Laws, config_of
-
-LINEAR = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
-NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+from support.parity import Case, Laws, cache_of, config_of, decoder
 
 
 def translate(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights as on disk, expert by expert; gradients as in memory, all experts of a layer."""
-    ours = {
-        "embedding": theirs["model.embed_tokens.weight"],
-        "norm.scale": theirs["model.norm.weight"],
-        "head.kernel": theirs["lm_head.weight"].T,
-    }
+    ours = decoder(theirs, 2)
     for i in range(2):
         at, to = f"model.layers.{i}.", f"layers.{i}."
-        for their, name in LINEAR.items():
-            ours[f"{to}mixer.{name}.kernel"] = theirs[f"{at}self_attn.{their}.weight"].T
-        for their, name in NORMS.items():
-            ours[f"{to}{name}.scale"] = theirs[f"{at}{their}.weight"]
         if f"{at}mlp.gate.weight" in theirs:
             router = theirs[f"{at}mlp.gate.weight"]
             gate, up = np.split(theirs[f"{at}mlp.experts.gate_up_proj"], 2, axis=1)
@@ -42,11 +31,6 @@ def translate(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, kernel in (("gate", gate), ("up", up), ("down", down)):
             ours[f"{to}mlp.{name}"] = kernel.reshape(-1, kernel.shape[-1])
     return ours
-
-
-def state_of(theirs, ours, count):
-    pairs = (("k", "keys"), ("v", "values"))
-    return [(ours[k][:, :count], theirs[name].transpose(0, 2, 1, 3)) for k, name in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +58,7 @@ def case():
             rope_base=their["rope_parameters"]["rope_theta"],
         ),
     )
-    return Case("mixtral", config, translate, state_of)
+    return Case("mixtral", config, translate, cache_of)
 
 
 class TestMixtral(Laws):

@@ -26,6 +26,33 @@ def config_of(name: str) -> dict:
     return json.loads((CASES / name / "config.json").read_text())
 
 
+ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
+NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def decoder(theirs: dict, layers: int, linear: dict[str, str] | None = None) -> dict:
+    """What decoders of Llama's kind have in common by our names; `linear` has further kernels."""
+    ours = {
+        "embedding": theirs["model.embed_tokens.weight"],
+        "norm.scale": theirs["model.norm.weight"],
+        "head.kernel": theirs["lm_head.weight"].T,
+    }
+    names = {f"self_attn.{their}": f"mixer.{name}" for their, name in ATTENTION.items()}
+    for i in range(layers):
+        at, to = f"model.layers.{i}.", f"layers.{i}."
+        for their, name in (names | (linear or {})).items():
+            ours[f"{to}{name}.kernel"] = theirs[f"{at}{their}.weight"].T
+        for their, name in NORMS.items():
+            ours[f"{to}{name}.scale"] = theirs[f"{at}{their}.weight"]
+    return ours
+
+
+def cache_of(theirs: dict, ours: dict, count: int) -> list:
+    """Attention's keys and values beside those stored."""
+    pairs = (("k", "keys"), ("v", "values"))
+    return [(ours[k][:, :count], theirs[name].transpose(0, 2, 1, 3)) for k, name in pairs]
+
+
 class Case:
     """Our model with the case's weights, its jitted calls, and the numbers to meet.
 
