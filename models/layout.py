@@ -45,29 +45,29 @@ def by_layer(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
 
 def from_layers(config: LMConfig, flat: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `by_layer`. ValueError names a leaf missing, left over or of another shape."""
-    shapes = _shapes(config)
-    for name in shapes | flat:
+    known = shapes(config)
+    for name in known | flat:
         if name not in flat:
             raise ValueError(f"{name} is missing")
-        if name not in shapes:
+        if name not in known:
             raise ValueError(f"{name} is not a parameter of a model of {config.depth} blocks")
-        if flat[name].shape != shapes[name]:
-            raise ValueError(f"{name} has shape {flat[name].shape}; the model's is {shapes[name]}")
+        if flat[name].shape != known[name]:
+            raise ValueError(f"{name} has shape {flat[name].shape}; the model's is {known[name]}")
     params: dict[str, Any] = {"blocks": {}}
     for name, leaf in flat.items():
         if not name.startswith("layers."):
-            _put(params, name.split("."), leaf)
+            put(params, name.split("."), leaf)
     for index, run in enumerate(runs(config)):
         params["blocks"][index] = {}
         first = f"layers.{run.layers[0]}."
-        for path in [name.removeprefix(first) for name in shapes if name.startswith(first)]:
+        for path in [name.removeprefix(first) for name in known if name.startswith(first)]:
             leaves = [flat[f"layers.{layer}.{path}"] for layer in run.layers]
-            _put(params["blocks"][index], path.split("."), jnp.stack(leaves))
+            put(params["blocks"][index], path.split("."), jnp.stack(leaves))
     return params
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf of `by_layer`."""
     model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
     flat = jax.eval_shape(functools.partial(by_layer, config), split(model)[1])
@@ -117,7 +117,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
+def put(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf

@@ -1,5 +1,7 @@
 """Patterns of blocks: `"gla+swiglu*5,attention+swiglu"`, repeated to the depth of the model."""
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
@@ -25,6 +27,12 @@ def parse(pattern: str, depth: int) -> tuple[Kind, ...]:
     if len(period) > depth:
         raise ValueError(f"pattern {pattern!r} has {len(period)} blocks, more than {depth=}")
     return tuple(period[i % len(period)] for i in range(depth))
+
+
+def written(blocks: Iterable[str]) -> str:
+    """The pattern of blocks `mixer+mlp`, those that follow their like as `*n`."""
+    runs = [(block, len(list(same))) for block, same in itertools.groupby(blocks)]
+    return ",".join(block if count == 1 else f"{block}*{count}" for block, count in runs)
 
 
 def _entry(entry: str, pattern: str) -> list[Kind]:

@@ -1,0 +1,168 @@
+"""The tensors of a directory of safetensors files, read one at a time, and written."""
+
+import json
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from . import options
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64", "F32", "F16", "BF16"}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CHECKSUMS = "crc32"  # in a file's metadata: JSON of each tensor's CRC-32
+
+
+class UncheckedWarning(UserWarning):
+    """Weights without checksums: damage that leaves finite numbers cannot be seen."""
+
+
+class Weights:
+    """The tensors by name: their shapes, and `read`, which takes one from the disk.
+
+    Raises ValueError for what is not a complete set of safetensors files; nothing is unpickled.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._files: dict[str, Any] = {}  # the open file of each tensor
+        self._checksums: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        listed = _listed(directory)
+        for path in sorted(set(listed.values())) if listed else [directory / SINGLE]:
+            self._open(path)
+        if missing := [name for name in listed if name not in self.shapes]:
+            file = listed[missing[0]].name
+            raise ValueError(f"{directory}: {INDEX} names {shown(missing)}, not in {file}")
+        if listed and (more := [name for name in self.shapes if name not in listed]):
+            raise ValueError(f"{directory}: {INDEX} does not name {shown(more)}")
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the largest tensor has."""
+        return max((int(np.prod(shape, dtype=object)) for shape in self.shapes.values()), default=0)
+
+    def warn_unchecked(self) -> None:
+        without = [name for name in self.shapes if name not in self._checksums]
+        if without:
+            warnings.warn(
+                f"{self.directory}: {len(without)} tensors have no checksums: damage that leaves "
+                "numbers finite goes unseen (save_pretrained writes them)",
+                UncheckedWarning,
+                stacklevel=3,
+            )
+
+    def read(self, name: str, rows: Any = slice(None)) -> np.ndarray:
+        """Some rows of a tensor. ValueError if it was changed on the disk or is not finite."""
+        file = self._files[name]
+        code = self._checksums.get(name)
+        if code is None and isinstance(rows, slice) and self.shapes[name]:
+            x = file.get_slice(name)[rows]
+        else:
+            x = file.get_tensor(name)
+            if code is not None and _crc32(x) != code:
+                raise ValueError(f"{self.directory}: {name} was changed: its checksum differs")
+            x = x[rows]
+        if not np.isfinite(x).all():
+            raise ValueError(f"{self.directory}: {name} holds numbers that are not finite")
+        return x
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="numpy")
+            names, about = file.keys(), file.metadata() or {}
+            kinds = {name: file.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a safetensors file: {_reason(path, error)}") from None
+        for name, kind in kinds.items():
+            if name in self._files:
+                raise ValueError(f"{self.directory}: {name} is in two files")
+            if kind.get_dtype() not in DTYPES:
+                known = ", ".join(sorted(DTYPES))
+                raise ValueError(f"{path}: {name} is of {kind.get_dtype()}; supported are {known}")
+            self.shapes[name], self._files[name] = tuple(kind.get_shape()), file
+        if CHECKSUMS in about:
+            try:
+                sums = {str(n): int(c) for n, c in json.loads(about[CHECKSUMS]).items()}
+            except (ValueError, AttributeError, TypeError):
+                sums = {}
+            if sums.keys() != kinds.keys():
+                raise ValueError(f"{path}: its checksums are not those of its tensors")
+            self._checksums |= sums
+
+
+def write(directory: Path, sizes: dict[str, int], get: Callable[[str], Any], most: int) -> None:
+    """Write tensors of so many bytes into files of at most `most` each, with checksums.
+
+    get(name) makes one; the tensors of one file are in memory at a time.
+    """
+    files: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not files or size > room:
+            files.append([])
+            room = most
+        files[-1].append(name)
+        room -= size
+    where: dict[str, str] = {}
+    for i, names in enumerate(files):
+        many = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        where |= dict.fromkeys(names, SINGLE if len(files) == 1 else many)
+        tensors = {name: np.ascontiguousarray(get(name)) for name in names}
+        sums = {name: _crc32(x) for name, x in tensors.items()}
+        about = {"format": "pt", CHECKSUMS: json.dumps(sums)}
+        save_file(tensors, directory / where[names[0]], metadata=about)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few of a list of names, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _crc32(x: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+def _listed(directory: Path) -> dict[str, Path]:
+    """The file of each tensor by the index; empty where there is one file."""
+    if not (directory / INDEX).is_file():
+        if (directory / SINGLE).is_file():
+            return {}
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise ValueError(
+                f"{directory} has {pickles[0]}, which is pickled and would run code when read; "
+                "docs/checkpoints.md says how to convert it to safetensors"
+            )
+        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    files = options.read(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{directory / INDEX} has no weight_map")
+    for name, file in files.items():
+        if not (isinstance(file, str) and re.fullmatch(r"[\w.\-]+\.safetensors", file)):
+            raise ValueError(
+                f"{directory / INDEX}: {name} is in {file!r}, no safetensors file here"
+            )
+        if not (directory / file).is_file():
+            raise ValueError(f"{directory} has no {file}, which {INDEX} names")
+    return {name: directory / file for name, file in files.items()}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "it is pickled, as torch.save does; docs/checkpoints.md says how to convert it"
+    return str(error)
