@@ -28,7 +28,7 @@ ALL = LMConfig(
     vocab=48,
     width=32,
     depth=8,
-    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+swiglu",
+    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+geglu",
     gla=GLAConfig(conv=4),
     mamba2=Mamba2Config(head_width=8, state=4),
     attention=AttentionConfig(heads=4, kv_heads=2),
