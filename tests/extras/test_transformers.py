@@ -4,8 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from scanax.models import UncheckedWarning, load_pretrained, save_pretrained
-from scanax.models.pretrained import FAMILIES
+from scanax.models.pretrained import (
+    FAMILIES,
+    UncheckedWarning,
+    load_pretrained,
+    save_pretrained,
+)
 from support.compare import close
 from support.their_models import CONFIGS, build
 from transformers import AutoModelForCausalLM, logging
