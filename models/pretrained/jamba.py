@@ -31,6 +31,7 @@ def read(o: Options) -> LMConfig:
     o.expect("attention_dropout", 0.0, 0)
     o.expect("sliding_window")  # one of its kinds of attention used to heed it, others never
     o.expect("mamba_inner_layernorms", True)
+    named = "num_key_value_heads" in o.values
     o.skip("calc_logits_for_entire_prompt", "n_ctx", "num_logits_to_keep")
     o.skip("use_associative_scan", "use_mamba_kernels", "use_mambapy")
     return LMConfig(
@@ -54,7 +55,8 @@ def read(o: Options) -> LMConfig:
         ),
         attention=AttentionConfig(
             heads=o.whole("num_attention_heads"),
-            kv_heads=o.whole("num_key_value_heads", 8),
+            # null is not the default: it was as many as query heads
+            kv_heads=o.whole("num_key_value_heads", None if named else 8),
             rope_base=None,
         ),
     )
@@ -72,11 +74,11 @@ def _experts(o: Options) -> MoEConfig | None:
     return MoEConfig(experts=count, router=router)
 
 
-def _layers(o: Options, name: str, default: tuple[int, int], depth: int) -> list[int]:
+def _layers(o: Options, name: str, default: tuple[int, int], depth: int) -> set[int]:
     """Every so many layers, from one on."""
     period = o.whole(f"{name}_period", default[0], most=2**31)
     offset = o.whole(f"{name}_offset", default[1], least=0, most=2**31)
-    return [i for i in range(depth) if i % period == offset]
+    return {i for i in range(depth) if i % period == offset}
 
 
 def write(config: LMConfig, kind: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ WITHOUT_EFFECT = (
 
 def read(o: Options) -> LMConfig:
     width, depth = o.whole("hidden_size"), o.whole("num_hidden_layers")
-    inner = o.whole("intermediate_size", expanded(o, "expand", width))  # it counts, not expand
+    o.skip("expand")  # which means nothing beside an intermediate_size
+    inner = o.whole("intermediate_size", None) or expanded(o, "expand", width)
     falcon = o.text("model_type") == "falcon_mamba"
     eps = o.number("layer_norm_epsilon", 1e-5)
     o.expect("hidden_act", "silu", "swish")
@@ -61,10 +62,10 @@ def read(o: Options) -> LMConfig:
 
 def expanded(o: Options, name: str, width: int) -> int:
     """The inner width by a multiple of the width, which need not be whole; 2 by default."""
-    inner = int(o.number(name, 2.0) * width)
-    if not 0 < inner <= o.most:
-        raise ValueError(f"config.json: {name}={o.values[name]} with a width of {width}")
-    return inner
+    inner = o.number(name, 2.0) * width
+    if not 1 <= inner <= o.most:
+        raise ValueError(f"config.json: {name} x hidden_size={inner}, not of the files' sizes")
+    return int(inner)
 
 
 def rank(o: Options, name: str) -> int | None:

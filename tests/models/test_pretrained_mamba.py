@@ -143,6 +143,9 @@ def test_jamba_has_attention_without_positions_and_experts_in_every_second_layer
     assert [i for i, b in enumerate(blocks) if b.mixer == "attention"] == [4, 12, 20, 28]
     assert [i for i, b in enumerate(blocks) if b.mlp == "moe"] == list(range(1, 32, 2))
     assert config.attention.rope_base is None and not config.moe.router.renormalize
+    assert config.attention.kv_heads == 8
+    null = {"num_key_value_heads": None}
+    assert read(RELEASED["ai21labs/Jamba-v0.1"] | null).attention.kv_heads is None
 
 
 @pytest.mark.parametrize(
@@ -160,6 +163,7 @@ def test_jamba_has_attention_without_positions_and_experts_in_every_second_layer
         ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [1.0, 0.5]}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [math.nan, 1.0]}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"expand": 0}),
+        ("mistralai/Mamba-Codestral-7B-v0.1", {"expand": 1e308}),
         ("ai21labs/Jamba-v0.1", {"sliding_window": 4096}),
         ("ai21labs/Jamba-v0.1", {"mamba_inner_layernorms": False}),
         ("ai21labs/Jamba-v0.1", {"attention_dropout": 0.1}),
