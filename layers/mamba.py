@@ -24,7 +24,7 @@ State = dict[str, Array]
 class MambaConfig:
     """Mamba (arXiv:2312.00752)."""
 
-    expand: float = 2
+    expand: int | float = 2
     """Inner width as a multiple of the model's width, which need not be whole."""
     state: int = 16
     """Numbers of state per inner channel (N)."""

@@ -24,7 +24,7 @@ State = dict[str, Array]
 class Mamba2Config:
     """Mamba-2 (arXiv:2405.21060)."""
 
-    expand: float = 2
+    expand: int | float = 2
     """Inner width as a multiple of the model's width, which need not be whole."""
     head_width: int = 64
     """Features of one head; the number of heads is the inner width over it."""

@@ -19,8 +19,8 @@ BUFFERS = r"(?!)"  # none
 
 
 def read(o: Options) -> LMConfig:
-    width, depth = o.whole("hidden_size"), o.whole("num_hidden_layers")
-    eps, moe = o.number("rms_norm_eps", 1e-6), _experts(o)
+    width, depth = o.whole("hidden_size"), o.count("num_hidden_layers")
+    eps, moe = o.number("rms_norm_eps", 1e-6, least=0.0), _experts(o)
     attention = _layers(o, "attn_layer", (8, 4), depth)
     sparse = _layers(o, "expert_layer", (2, 1), depth)
     blocks = [
@@ -64,7 +64,7 @@ def read(o: Options) -> LMConfig:
 
 def _experts(o: Options) -> MoEConfig | None:
     """None where there is but one, which is an MLP."""
-    count, top = o.whole("num_experts", 16), o.whole("num_experts_per_tok", 2)
+    count, top = o.count("num_experts", 16), o.whole("num_experts_per_tok", 2)
     logits = o.flag("output_router_logits", False)
     coefficient = o.number("router_aux_loss_coef", 0.001)
     if count == 1:

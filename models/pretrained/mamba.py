@@ -30,11 +30,11 @@ WITHOUT_EFFECT = (
 
 
 def read(o: Options) -> LMConfig:
-    width, depth = o.whole("hidden_size"), o.whole("num_hidden_layers")
+    width, depth = o.whole("hidden_size"), o.count("num_hidden_layers")
     o.skip("expand")  # which means nothing beside an intermediate_size
     inner = o.whole("intermediate_size", None) or expanded(o, "expand", width)
     falcon = o.text("model_type") == "falcon_mamba"
-    eps = o.number("layer_norm_epsilon", 1e-5)
+    eps = o.number("layer_norm_epsilon", 1e-5, least=0.0)
     o.expect("hidden_act", "silu", "swish")
     o.skip(*WITHOUT_EFFECT)
     older(o, width, depth, inner, eps)
@@ -46,7 +46,7 @@ def read(o: Options) -> LMConfig:
         bias=o.flag("use_bias", False),
         conv_bias=o.flag("use_conv_bias", True),
         norm="plain" if falcon else "none",
-        norm_eps=o.number("mixer_rms_eps", 1e-6) if falcon else 1e-6,
+        norm_eps=o.number("mixer_rms_eps", 1e-6, least=0.0) if falcon else 1e-6,
     )
     return LMConfig(
         vocab=o.whole("vocab_size"),

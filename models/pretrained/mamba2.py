@@ -16,10 +16,10 @@ BUFFERS = r"(?!)"  # none
 
 
 def read(o: Options) -> LMConfig:
-    width, depth = o.whole("hidden_size"), o.whole("num_hidden_layers")
+    width, depth = o.whole("hidden_size"), o.count("num_hidden_layers")
     inner = expanded(o, "expand", width)
     heads, head_width = o.whole("num_heads", 128), o.whole("head_dim", 64)
-    groups, eps = o.whole("n_groups", 8), o.number("layer_norm_epsilon", 1e-5)
+    groups, eps = o.whole("n_groups", 8), o.number("layer_norm_epsilon", 1e-5, least=0.0)
     if heads * head_width != inner or heads % groups:
         raise ValueError(
             f"config.json: {heads} num_heads of {head_width=} must be expand x hidden_size = "
