@@ -29,7 +29,7 @@ from ..block import runs
 from ..config import LMConfig
 from ..layout import by_layer, put, shapes, split
 from ..lm import LM
-from . import llama, options
+from . import jamba, llama, mamba, mamba2, options
 from .compare import difference
 from .options import Options
 from .pieces import by_name, their_shapes, to_ours, to_theirs
@@ -42,6 +42,10 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
     "mixtral": llama,
     "qwen2_moe": llama,
+    "mamba": mamba,
+    "falcon_mamba": mamba,
+    "mamba2": mamba2,
+    "jamba": jamba,
 }
 DTYPES = ("float32", "bfloat16")
 KEPT = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
