@@ -16,7 +16,7 @@ from scanax.layers.mamba2 import Mamba2Config
 from scanax.layers.mlp import MLPConfig
 from scanax.layers.moe import MoEConfig
 from scanax.layers.router import ROUTERS, RouterConfig
-from scanax.models import LM, LMConfig, merge, split
+from scanax.models import LM, LMConfig, ResidualConfig, merge, split
 from scanax.models.partition import shardings, specs, state_shardings
 from scanax.sharding import mesh, schedule
 from scanax.sharding.schedule import PLAIN, Schedule
@@ -35,11 +35,18 @@ ALL = LMConfig(
     loss_chunk=40,
 )
 UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
+NORMED = dataclasses.replace(
+    ALL,
+    depth=2,
+    pattern="lightning+glu,attention+swiglu",
+    residual=ResidualConfig(normed=True, linear=(1.2, 0.9), attention=(1.3, 0.7), mlp=(1.1, 0.8)),
+)
 STATES = dataclasses.replace(ALL, depth=4, pattern="gla,mamba2+gelu,lightning+glu,aaren")
 CASES = {
     "all over time": (ALL, "seq=8", PLAIN),
     "all over three": (ALL, "data=2,seq=2,tensor=2", Schedule(states="scan")),
     "collective matmul": (ALL, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
+    "a normed stream": (NORMED, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
     "rows": (UNTIED, "data=8", PLAIN),
     "fsdp": (ALL, "fsdp=8", PLAIN),
     "heads and time": (ALL, "tensor=4,seq=2", Schedule(attention="token-ring")),

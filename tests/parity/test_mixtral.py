@@ -7,30 +7,11 @@ from scanax.layers import AttentionConfig, MLPConfig, MoEConfig, RouterConfig
 from scanax.layers.router import losses
 from scanax.models import LM, LMConfig, merge, split
 from support.compare import close
-from support.parity import Case, Laws, cache_of, config_of, decoder
+from support.parity import Case, Laws, cache_of, config_of, decoder, experts
 
 
 def translate(theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights as on disk, expert by expert; gradients as in memory, all experts of a layer."""
-    ours = decoder(theirs, 2)
-    for i in range(2):
-        at, to = f"model.layers.{i}.", f"layers.{i}."
-        if f"{at}mlp.gate.weight" in theirs:
-            router = theirs[f"{at}mlp.gate.weight"]
-            gate, up = np.split(theirs[f"{at}mlp.experts.gate_up_proj"], 2, axis=1)
-            down = theirs[f"{at}mlp.experts.down_proj"].transpose(0, 2, 1)
-        else:
-            moe = f"{at}block_sparse_moe."
-            router = theirs[f"{moe}gate.weight"]
-            gate, down, up = (
-                np.stack([theirs[f"{moe}experts.{e}.{w}.weight"] for e in range(4)])
-                for w in ("w1", "w2", "w3")
-            )
-            down = down.transpose(0, 2, 1)
-        ours[f"{to}mlp.router.kernel"] = router.T
-        for name, kernel in (("gate", gate), ("up", up), ("down", down)):
-            ours[f"{to}mlp.{name}"] = kernel.reshape(-1, kernel.shape[-1])
-    return ours
+    return decoder(theirs, 2) | experts(theirs, 2, 4)
 
 
 @pytest.fixture(scope="module")

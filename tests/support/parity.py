@@ -47,6 +47,28 @@ def decoder(theirs: dict, layers: int, linear: dict[str, str] | None = None) -> 
     return ours
 
 
+def experts(theirs: dict, layers: int, count: int) -> dict:
+    """Mixtures of experts by our names: expert by expert as on disk, or a layer's as in memory."""
+    ours = {}
+    for i in range(layers):
+        at, to = f"model.layers.{i}.", f"layers.{i}.mlp."
+        if f"{at}mlp.gate.weight" in theirs:
+            router = theirs[f"{at}mlp.gate.weight"]
+            gate, up = np.split(theirs[f"{at}mlp.experts.gate_up_proj"], 2, axis=1)
+            down = theirs[f"{at}mlp.experts.down_proj"]
+        else:
+            moe = f"{at}block_sparse_moe."
+            router = theirs[f"{moe}gate.weight"]
+            gate, down, up = (
+                np.stack([theirs[f"{moe}experts.{e}.{w}.weight"] for e in range(count)])
+                for w in ("w1", "w2", "w3")
+            )
+        ours[f"{to}router.kernel"] = router.T
+        for name, kernel in (("gate", gate), ("up", up), ("down", down.swapaxes(1, 2))):
+            ours[f"{to}{name}"] = kernel.reshape(-1, kernel.shape[-1])
+    return ours
+
+
 def cache_of(theirs: dict, ours: dict, count: int) -> list:
     """Attention's keys and values beside those stored."""
     pairs = (("k", "keys"), ("v", "values"))
