@@ -15,7 +15,7 @@ from ..layers.gla import GLA
 from ..layers.lightning import Lightning
 from ..layers.mamba import Mamba
 from ..layers.mamba2 import Mamba2
-from ..layers.mlp import GELU, GLU, SwiGLU
+from ..layers.mlp import GELU, GLU, GeGLU, SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
@@ -32,7 +32,7 @@ MIXERS = {
     "aaren": Aaren,
     "attention": Attention,
 }
-MLPS = {"swiglu": SwiGLU, "gelu": GELU, "glu": GLU}
+MLPS = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GELU, "glu": GLU}
 
 
 def stream_dtype(config: LMConfig) -> jnp.dtype:

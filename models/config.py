@@ -48,7 +48,7 @@ class LMConfig:
     """Number of blocks."""
     pattern: str = "gla+swiglu"
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, gelu, glu, moe, none."""
+    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and before the head: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
