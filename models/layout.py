@@ -117,7 +117,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def put(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
+def put(tree: dict[str, Any], path: list[Any], leaf: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf
