@@ -2,7 +2,8 @@
 
 A family is a file here with `read` (their options to our config), `write` (the way back), `pieces`
 (which numbers of their tensors are which of ours) and `BUFFERS` (what they store besides, which
-nobody needs). `FAMILIES` has it under what config.json calls its kind of model.
+nobody needs); with `buffers` where their loader wants them all the same, and `HEAD` where that has
+a name of its own. `FAMILIES` has it under what config.json calls its kind of model.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ class Pretrained:
             self.weights = Weights(self.folder)
             config = _config(self.kind, values, self.weights.numbers)
             self.config = dataclasses.replace(config, dtype=kept, param_dtype=kept)
-            self.pieces = list(self.family.pieces(self.config, self.kind))
+            pieces = self.family.pieces(self.config, self.kind)
+            self.pieces = [piece.among(self.weights.shapes) for piece in pieces]
             self._check()
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
@@ -139,11 +141,12 @@ class Pretrained:
                 f"{have[name]}, not {wanted[name]}"
             )
         more = [n for n in have if n not in wanted and not re.fullmatch(self.family.BUFFERS, n)]
-        if self.config.tie_head and "lm_head.weight" in more:
-            more.remove("lm_head.weight")
+        head = getattr(self.family, "HEAD", "lm_head.weight")
+        if self.config.tie_head and head in more:
+            more.remove(head)
             tied = next(piece.theirs for piece in self.pieces if piece.ours == "embedding")
-            if not np.array_equal(self.weights.read(tied), self.weights.read("lm_head.weight")):
-                raise ValueError(f"tie_word_embeddings is true, but lm_head.weight is not {tied}")
+            if not np.array_equal(self.weights.read(tied), self.weights.read(head)):
+                raise ValueError(f"config.json says that {head} is {tied}, but it is not")
         if more:
             raise ValueError(f"tensors left over: {shown(more)}")
 
@@ -177,15 +180,22 @@ def save_pretrained(
     def ours(name):
         return flat[name].get()[tuple(slice(n) for n in known[name])]
 
-    pieces = by_name(FAMILIES[kind].pieces(model.config, kind), "theirs")
+    family = FAMILIES[kind]
+    pieces = by_name(family.pieces(model.config, kind), "theirs")
     wanted = their_shapes([piece for each in pieces.values() for piece in each], known)
+    buffers = family.buffers(model.config) if hasattr(family, "buffers") else {}
+
+    def theirs(name):
+        return buffers[name] if name in buffers else to_theirs(pieces[name], wanted[name], ours)
+
     new = directory.with_name(f"{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         item = jnp.dtype(model.config.param_dtype).itemsize
         sizes = {name: item * math.prod(shape) for name, shape in wanted.items()}
-        write(new, sizes, lambda n: to_theirs(pieces[n], wanted[n], ours), most)
+        sizes |= {name: x.nbytes for name, x in buffers.items()}
+        write(new, sizes, theirs, most)
         for pattern in KEPT if like is not None else ():
             for path in Path(like or "").glob(pattern):
                 shutil.copy(path, new)
@@ -241,7 +251,7 @@ def _written(
     for kind in FAMILIES if family is None else [family]:
         try:
             named = {"model_type": kind, "dtype": config.param_dtype}
-            values = kept | FAMILIES[kind].write(config, kind) | named
+            values = kept | named | FAMILIES[kind].write(config, kind)
             reason = difference(config, _config(kind, values))
         except ValueError as error:
             reason = str(error)
