@@ -28,7 +28,7 @@ from ..block import runs
 from ..config import LMConfig
 from ..layout import by_layer, put, shapes, split
 from ..lm import LM
-from . import llama, options
+from . import fla, llama, minimax, options, torchscale, transnormer
 from .compare import difference
 from .options import Options
 from .pieces import by_name, their_shapes, to_ours, to_theirs
@@ -41,6 +41,11 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
     "mixtral": llama,
     "qwen2_moe": llama,
+    "minimax": minimax,
+    "gla": fla,
+    "retnet": fla,
+    "torchscale": torchscale,
+    "transnormer": transnormer,
 }
 DTYPES = ("float32", "bfloat16")
 KEPT = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
