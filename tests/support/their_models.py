@@ -10,14 +10,15 @@ import transformers
 from numpy.random import Generator
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+# Which of their implementations: the ones that take any size.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # What a model starts from matters here (decays, steps): these are moved a little, not drawn.
 STARTED = ("A_log", "D", "dt_bias", "dt_proj.bias")
 
 
 def build(kind: str, rng: Generator) -> PreTrainedModel:
     """In float32, with weights large enough that each of them shows in the logits."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](rng), attn_implementation="eager")
-    model = model.float().eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](rng), **PLAIN).float().eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
             noise = torch.from_numpy(rng.normal(0.0, 0.2, x.shape)).float()
@@ -80,6 +81,7 @@ def mixtral(rng: Generator) -> PretrainedConfig:
 def qwen2_moe(rng: Generator) -> PretrainedConfig:
     options, experts = decoder(rng), int(rng.integers(2, 7))
     depth = options["num_hidden_layers"] = int(rng.integers(2, 5))
+    every = int(rng.integers(1, 3))
     options.pop("head_dim", None)  # it knows none
     return transformers.Qwen2MoeConfig(
         **options,
@@ -89,8 +91,8 @@ def qwen2_moe(rng: Generator) -> PretrainedConfig:
         norm_topk_prob=flip(rng),
         moe_intermediate_size=int(rng.integers(10, 40)),
         shared_expert_intermediate_size=int(rng.integers(10, 40)),
-        decoder_sparse_step=int(rng.integers(1, 3)),
-        mlp_only_layers=[i for i in range(depth) if rng.random() < 0.3],
+        decoder_sparse_step=every,  # a layer of experts is left, or its loss is an error of theirs
+        mlp_only_layers=[i for i in range(depth) if rng.random() < 0.3 and i != every - 1],
         output_router_logits=flip(rng),
         router_aux_loss_coef=0.02,
     )
