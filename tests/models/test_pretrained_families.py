@@ -77,10 +77,10 @@ def model(**changes):
 
 
 GLA = {
-    "conv": GLAConfig(heads=2, conv=3),
-    "kv heads, decays bounded": GLAConfig(heads=4, kv_heads=2, decay_min=-0.03),
-    "no scale": GLAConfig(heads=2, norm_scale=False),
-    "widths": GLAConfig(heads=3, key_ratio=9 / 16, value_ratio=33 / 16),
+    "kv heads, convolutions, decays bounded": GLAConfig(
+        heads=4, kv_heads=2, conv=3, decay_min=-0.03
+    ),
+    "widths, no scale": GLAConfig(heads=3, key_ratio=9 / 16, value_ratio=33 / 16, norm_scale=False),
 }
 NAMES = [f"attn.{name}_proj" for name in "qkvgo"] + ["attn_norm", "mlp_norm"]
 NAMES += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -101,9 +101,9 @@ def fla_names(config):
 @pytest.mark.parametrize("variant", GLA)
 def test_variants_of_fla(kind, variant, tmp_path):
     gla = GLA[variant]
-    config = model(gla=gla, tie_head=variant == "conv")
+    config = model(gla=gla, tie_head=gla.norm_scale)
     if kind == "retnet":
-        widths = {"key_ratio": 1.5} if variant == "widths" else {}
+        widths = {} if gla.norm_scale else {"key_ratio": 1.5}
         shared = {name: getattr(gla, name) for name in ("kv_heads", "conv", "norm_scale")}
         retention = RetentionConfig(heads=gla.heads, value_ratio=gla.value_ratio, **shared | widths)
         config = model(pattern="retention+swiglu", retention=retention, tie_head=config.tie_head)
@@ -225,9 +225,10 @@ def torchscale_weights(o):
     }
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-@pytest.mark.parametrize("activation", ["gelu", "swish"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("activation", "scaled", "tied"),
+    [("gelu", True, False), ("swish", False, False), ("gelu", False, True)],
+)
 def test_torchscale(activation, scaled, tied, tmp_path):
     values = TORCHSCALE | {
         "activation_fn": activation,
