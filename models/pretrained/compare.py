@@ -74,4 +74,7 @@ def _resolved(config: LMConfig, found: dict[str, Any]) -> dict[str, Any]:
         heads = group.heads
         values[f"{name}.kv_heads"] = getattr(group, "kv_heads", None) or heads
         values[f"{name}.head_width"] = getattr(group, "head_width", None) or width // heads
+    for name in ("gla", "retention"):
+        for part in ("key_ratio", "value_ratio"):
+            values[f"{name}.{part}"] = round(width * getattr(getattr(config, name), part)) / width
     return {name: value for name, value in values.items() if name in found}

@@ -54,12 +54,12 @@ def read(o: Options) -> LMConfig:
     )
 
 
-def rope_base(o: Options) -> float:
+def rope_base(o: Options, default: float = 10000.0) -> float:
     """The base of plain rotary positions, which older files keep elsewhere."""
     rope = o.mapping("rope_parameters", None)
     rope.expect("rope_parameters.rope_type", "default")
     rope.expect("rope_parameters.partial_rotary_factor", 1.0)
-    older = o.number("rope_theta", 10000.0, least=1.0)
+    older = o.number("rope_theta", default, least=1.0)
     base = rope.number("rope_parameters.rope_theta", older, least=1.0)
     rope.done()
     o.expect("rope_scaling")

@@ -175,8 +175,30 @@ def jamba(rng: Generator) -> PretrainedConfig:
     )
 
 
+def minimax(rng: Generator) -> PretrainedConfig:
+    options, experts = decoder(rng), int(rng.integers(2, 7))
+    depth = options["num_hidden_layers"] = int(rng.integers(1, 5))
+    kinds = ["linear_attention", "full_attention"]
+    factors = {}  # much kept and little added, or float32 itself is worse than the bar
+    for part in ("linear_attn", "full_attn", "mlp"):
+        factors[f"{part}_alpha_factor"] = float(rng.uniform(1.0, 3.0))
+        factors[f"{part}_beta_factor"] = float(rng.uniform(0.3, 1.0))
+    return transformers.MiniMaxConfig(
+        **options,
+        **factors,
+        layer_types=[str(rng.choice(kinds)) for _ in range(depth)] if flip(rng) else None,
+        block_size=int(rng.choice([4, 16, 256])),
+        sliding_window=int(rng.integers(2, 20)) if flip(rng) else None,
+        num_local_experts=experts,
+        num_experts_per_tok=int(rng.integers(1, experts + 1)),
+        output_router_logits=flip(rng),
+        router_aux_loss_coef=0.02,
+    )
+
+
 CONFIGS: dict[str, Callable[[Generator], PretrainedConfig]] = {
     "llama": llama,
+    "minimax": minimax,
     "mistral": mistral,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
