@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, flags, hosts, metrics, plot
+from scanax.experiments import checkpoint, flags, hosts, loading, metrics, plot
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
@@ -125,7 +125,9 @@ def prepare(config: TrainConfig) -> Run:
     optimizer, parts = config.optimizer, config.accumulate
     batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
     how = config.schedule
-    program, state = build(task, optimizer, config.seed, parts, over, how, batch)
+    begun = config.resume and checkpoint.steps(folder)
+    read = loading.find(config.source).read if config.source and not begun else None
+    program, state = build(task, optimizer, config.seed, parts, over, how, batch, read)
     run = Run(config, program, state)
     if config.resume:
         restore(run)
