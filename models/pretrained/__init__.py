@@ -239,8 +239,9 @@ def _written(
         raise ValueError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
     reasons = {}
     for kind in FAMILIES if family is None else [family]:
-        values = kept | FAMILIES[kind].write(config, kind) | {"dtype": config.param_dtype}
         try:
+            named = {"model_type": kind, "dtype": config.param_dtype}
+            values = kept | FAMILIES[kind].write(config, kind) | named
             reason = difference(config, _config(kind, values))
         except ValueError as error:
             reason = str(error)

@@ -1,0 +1,104 @@
+"""Small models of transformers (extra `parity`), of sizes and options drawn at random.
+
+`CONFIGS` has a function of a generator for each kind of model; `build` draws the weights as well.
+"""
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from numpy.random import Generator
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+# What a model starts from matters here (decays, steps): these are moved a little, not drawn.
+STARTED = ("A_log", "D", "dt_bias", "dt_proj.bias")
+
+
+def build(kind: str, rng: Generator) -> PreTrainedModel:
+    """In float32, with weights large enough that each of them shows in the logits."""
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](rng), attn_implementation="eager")
+    model = model.float().eval()
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            noise = torch.from_numpy(rng.normal(0.0, 0.2, x.shape)).float()
+            if name.endswith(STARTED) or (x.ndim == 1 and name.endswith("weight")):
+                x.add_(noise)  # a norm's scale stays near one
+            else:
+                x.copy_(noise)
+    return model
+
+
+def flip(rng: Generator) -> bool:
+    return bool(rng.integers(2))
+
+
+def decoder(rng: Generator) -> dict:
+    """The options that all decoders of Llama's kind share."""
+    kv_heads = int(rng.integers(1, 4))
+    heads = kv_heads * int(rng.integers(1, 4))
+    width = heads * 2 * int(rng.integers(2, 6))
+    own = {"head_dim": int(rng.choice([4, 6, 10]))} if flip(rng) else {}
+    return own | {
+        "vocab_size": int(rng.integers(40, 100)),
+        "hidden_size": width,
+        "intermediate_size": int(rng.integers(20, 60)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-3])),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(rng.choice([100.0, 10000.0, 1e6])),
+        },
+        "tie_word_embeddings": flip(rng),
+    }
+
+
+def llama(rng: Generator) -> PretrainedConfig:
+    return transformers.LlamaConfig(
+        **decoder(rng), attention_bias=flip(rng), mlp_bias=flip(rng), pretraining_tp=1
+    )
+
+
+def mistral(rng: Generator) -> PretrainedConfig:
+    """With a window shorter than the text."""
+    return transformers.MistralConfig(**decoder(rng), sliding_window=int(rng.integers(2, 20)))
+
+
+def mixtral(rng: Generator) -> PretrainedConfig:
+    experts = int(rng.integers(2, 7))
+    return transformers.MixtralConfig(
+        **decoder(rng),
+        sliding_window=int(rng.integers(2, 20)) if flip(rng) else None,
+        num_local_experts=experts,
+        num_experts_per_tok=int(rng.integers(1, experts + 1)),
+        output_router_logits=flip(rng),
+        router_aux_loss_coef=0.02,
+    )
+
+
+def qwen2_moe(rng: Generator) -> PretrainedConfig:
+    options, experts = decoder(rng), int(rng.integers(2, 7))
+    depth = options["num_hidden_layers"] = int(rng.integers(2, 5))
+    options.pop("head_dim", None)  # it knows none
+    return transformers.Qwen2MoeConfig(
+        **options,
+        qkv_bias=flip(rng),
+        num_experts=experts,
+        num_experts_per_tok=int(rng.integers(1, experts + 1)),
+        norm_topk_prob=flip(rng),
+        moe_intermediate_size=int(rng.integers(10, 40)),
+        shared_expert_intermediate_size=int(rng.integers(10, 40)),
+        decoder_sparse_step=int(rng.integers(1, 3)),
+        mlp_only_layers=[i for i in range(depth) if rng.random() < 0.3],
+        output_router_logits=flip(rng),
+        router_aux_loss_coef=0.02,
+    )
+
+
+CONFIGS: dict[str, Callable[[Generator], PretrainedConfig]] = {
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+}
