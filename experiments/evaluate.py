@@ -2,6 +2,7 @@
 
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
+python -m scanax.experiments.evaluate --checkpoint published/llama --choices questions.jsonl
 """
 
 import os
@@ -103,13 +104,12 @@ def main(args: list[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure what is asked for, and print; what evaluation.json holds."""
     questions = [] if config.choices is None else choices.read(config.choices)
-    measured = config.choices is None or bool(config.data.paths)
-    if measured and not config.data.paths and published(config.checkpoint):
+    if reads_text(config) and not config.data.paths and published(config.checkpoint):
         raise ValueError(
             f"{config.checkpoint} is a published checkpoint, which holds no text; name some with "
             "--data.paths"
         )
-    if config.plot and measured:
+    if config.plot and reads_text(config):
         try:
             import matplotlib  # noqa: F401
         except ImportError:
@@ -124,12 +124,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # as many tokens at once as a batch of training has, where a row is no longer than that
     room = task.rows * task.length
     results: dict[str, Any] = {"step": loaded.step}
-    if measured:
+    if reads_text(config):
         results |= by_length(config, loaded, score, over, room)
     if config.choices is not None:
         given = questions, loaded, config.checkpoint, over.shape["seq"], room
         results["choices"] = {"file": config.choices} | choices.answer(score, *given)
     return results
+
+
+def reads_text(config: EvaluateConfig) -> bool:
+    return bool(config.data.paths) or config.choices is None
 
 
 Score = Callable[[texts.Batch], np.ndarray]

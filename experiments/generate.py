@@ -1,6 +1,7 @@
 """Continue prompts with a trained model.
 
 python -m scanax.experiments.generate --checkpoint runs/stdlib --prompt "def " --tokens 400
+python -m scanax.experiments.generate --checkpoint published/llama --prompt "Once" --dtype bfloat16
 """
 
 import os

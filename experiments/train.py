@@ -1,5 +1,7 @@
 """Train a task: `python experiments/train.py --help`, or `python -m scanax.experiments.train`.
 
+With --from DIR it begins with the weights of a published checkpoint, or of another run.
+
 In the run's folder: config.json, one folder a checkpoint, metrics.jsonl, tensorboard, loss.png.
 """
 

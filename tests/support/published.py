@@ -3,14 +3,15 @@
 import shutil
 from pathlib import Path
 
-PARITY = Path(__file__).parents[1] / "parity"
+from .parity import CASES
+
 MERGES = ["e f", "d ef", "Ġ a", "i n", "a d", "Ġ ="]
 
 
 def make(folder: Path, case: str = "llama", tokenizer: bool = True) -> Path:
     """A copy of a parity case's weights, and a byte-level tokenizer.json of 97 tokens at most."""
     folder.mkdir(parents=True)
-    for path in [PARITY / case / "config.json", *(PARITY / case).glob("model*.safetensors*")]:
+    for path in [CASES / case / "config.json", *(CASES / case).glob("model*.safetensors*")]:
         shutil.copy(path, folder)
     if tokenizer:
         words().save(str(folder / "tokenizer.json"))
