@@ -310,7 +310,7 @@ def curves(results: dict[str, Any], title: str) -> bytes:
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")  # where losses end up least
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
