@@ -8,8 +8,10 @@ nobody needs). `FAMILIES` has it under what config.json calls its kind of model.
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ from ..block import runs
 from ..config import LMConfig
 from ..layout import by_layer, put, shapes, split
 from ..lm import LM
-from . import llama, options
+from . import jamba, llama, mamba, mamba2, options
 from .compare import difference
 from .options import Options
 from .pieces import by_name, their_shapes, to_ours, to_theirs
@@ -40,6 +42,10 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
     "mixtral": llama,
     "qwen2_moe": llama,
+    "mamba": mamba,
+    "falcon_mamba": mamba,
+    "mamba2": mamba2,
+    "jamba": jamba,
 }
 DTYPES = ("float32", "bfloat16")
 KEPT = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
@@ -74,7 +80,10 @@ class Pretrained:
     """A directory in which a model was found: its config now, its parameters when asked for."""
 
     def __init__(self, directory: str | Path, dtype: DTypeLike = "float32"):
-        kept = str(jnp.dtype(dtype))
+        try:
+            kept = str(jnp.dtype(dtype))
+        except TypeError:
+            kept = str(dtype)
         if kept not in DTYPES:
             raise ValueError(f"dtype={kept}; it can be {' or '.join(DTYPES)}")
         self.folder = _folder(directory)
@@ -83,7 +92,8 @@ class Pretrained:
             self.kind = _kind(values)
             self.family = FAMILIES[self.kind]
             self.weights = Weights(self.folder)
-            config = _config(self.kind, values, self.weights.numbers)
+            options.same(values, self.weights.options)
+            config = _config(self.kind, values, self.weights.numbers, len(self.weights.shapes))
             self.config = dataclasses.replace(config, dtype=kept, param_dtype=kept)
             self.pieces = list(self.family.pieces(self.config, self.kind))
             self._check()
@@ -109,7 +119,7 @@ class Pretrained:
         sizes = shapes(config)
 
         def one(name, where):
-            x = to_ours(pieces[name], self.weights.read).astype(dtype)
+            x = to_ours(pieces[name], partial(self.weights.read, dtype=dtype))
             if x.shape != sizes[name]:  # rows that pad the vocabulary
                 x = np.pad(x, [(0, n - m) for n, m in zip(sizes[name], x.shape, strict=True)])
             return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
@@ -128,24 +138,28 @@ class Pretrained:
         return params
 
     def _check(self) -> None:
-        """ValueError for tensors missing, left over or of another shape."""
-        wanted, have = their_shapes(self.pieces, shapes(self.config)), self.weights.shapes
-        if missing := [name for name in wanted if name not in have]:
+        """ValueError for tensors missing, left over or of another shape: names first, for shapes
+        take a while."""
+        have, names = self.weights.shapes, by_name(self.pieces, "theirs")
+        if missing := [name for name in names if name not in have]:
             raise ValueError(f"missing tensors: {shown(missing)}")
+        more = [n for n in have if n not in names and not re.fullmatch(self.family.BUFFERS, n)]
+        tied = self.config.tie_head and "lm_head.weight" in more
+        if tied:
+            more.remove("lm_head.weight")
+        if more:
+            raise ValueError(f"tensors left over: {shown(more)}")
+        wanted = their_shapes(self.pieces, shapes(self.config))
         if wrong := [name for name in wanted if have[name] != wanted[name]]:
             name = wrong[0]
             raise ValueError(
                 f"tensors of another shape than config.json says: {shown(wrong)}; {name} has "
                 f"{have[name]}, not {wanted[name]}"
             )
-        more = [n for n in have if n not in wanted and not re.fullmatch(self.family.BUFFERS, n)]
-        if self.config.tie_head and "lm_head.weight" in more:
-            more.remove("lm_head.weight")
-            tied = next(piece.theirs for piece in self.pieces if piece.ours == "embedding")
-            if not np.array_equal(self.weights.read(tied), self.weights.read("lm_head.weight")):
-                raise ValueError(f"tie_word_embeddings is true, but lm_head.weight is not {tied}")
-        if more:
-            raise ValueError(f"tensors left over: {shown(more)}")
+        if tied:
+            name = next(piece.theirs for piece in self.pieces if piece.ours == "embedding")
+            if not np.array_equal(self.weights.read(name), self.weights.read("lm_head.weight")):
+                raise ValueError(f"tie_word_embeddings is true, but lm_head.weight is not {name}")
 
 
 def save_pretrained(
@@ -164,10 +178,11 @@ def save_pretrained(
     in. Raises ValueError if the family has no words for the model, FileExistsError if the directory
     is there and not empty.
     """
-    directory = Path(directory)
+    directory = Path(os.path.expanduser(directory)).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another")
-    kept = {} if like is None else options.read(Path(like) / "config.json")
+    like = None if like is None else _folder(like)
+    kept = {} if like is None else options.read(like / "config.json")
     kind, values = _written(model.config, family or (_kind(kept) if kept else None), kept)
     _, params, _ = split(model)
     flat = by_layer(model.config, jax.tree.map(_Late, params))
@@ -179,15 +194,15 @@ def save_pretrained(
 
     pieces = by_name(FAMILIES[kind].pieces(model.config, kind), "theirs")
     wanted = their_shapes([piece for each in pieces.values() for piece in each], known)
-    new = directory.with_name(f"{directory.name}.new")
+    new = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         item = jnp.dtype(model.config.param_dtype).itemsize
         sizes = {name: item * math.prod(shape) for name, shape in wanted.items()}
-        write(new, sizes, lambda n: to_theirs(pieces[n], wanted[n], ours), most)
-        for pattern in KEPT if like is not None else ():
-            for path in Path(like or "").glob(pattern):
+        write(new, sizes, lambda n: to_theirs(pieces[n], wanted[n], ours), most, values)
+        for pattern in KEPT if like else ():
+            for path in filter(Path.is_file, like.glob(pattern)):
                 shutil.copy(path, new)
         (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         new.replace(directory)
@@ -217,14 +232,15 @@ def _kind(values: dict[str, Any]) -> str:
     kind = values.get("model_type")
     if kind is None and "decoder_retention_heads" in values:
         kind = "torchscale"
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type={kind!r} is not one of {', '.join(FAMILIES)}")
+    if not (isinstance(kind, str) and kind in FAMILIES):
+        value = json.dumps(kind)[:80]
+        raise ValueError(f"config.json: model_type={value} is not one of {', '.join(FAMILIES)}")
     return kind
 
 
-def _config(kind: str, values: dict[str, Any], most: int = 2**31) -> LMConfig:
+def _config(kind: str, values: dict[str, Any], *bounds: int) -> LMConfig:
     """Our config of theirs, with every option understood."""
-    asked = Options(values, most)
+    asked = Options(values, *bounds)
     config = FAMILIES[kind].read(asked)
     asked.skip("model_type")
     asked.done()
@@ -254,13 +270,19 @@ def _written(
 
 def _folder(directory: str | Path) -> Path:
     """A directory here, or one fetched from the Hub by its id."""
-    path = Path(directory).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json")
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        raise ValueError(f"{directory}: no such directory")
+    path = Path(os.path.expanduser(directory))
+    if not path.is_dir():
+        path = _fetched(directory)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json")
+    return path
+
+
+def _fetched(directory: str | Path) -> Path:
+    """Where a checkpoint of the Hub lies here: its safetensors and JSON, nothing that runs."""
+    word = r"[A-Za-z0-9][\w.-]*"
+    if os.path.lexists(directory) or not re.fullmatch(f"{word}/{word}", str(directory)):
+        raise ValueError(f"{shown([str(directory)])}: no such directory")
     try:
         from huggingface_hub import snapshot_download  # an extra
     except ImportError:

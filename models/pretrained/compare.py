@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ...layers.mamba import inner_width
 from ..config import LMConfig
 from ..pattern import parse
 
@@ -64,7 +65,10 @@ def _resolved(config: LMConfig, found: dict[str, Any]) -> dict[str, Any]:
         "moe.hidden": moe.hidden or hidden,
         "moe.router.top": moe.router.choices,
         "mamba.dt_rank": config.mamba.dt_rank or -(-width // 16),
+        "mamba.norm_eps": config.mamba.norm_eps if config.mamba.norm != "none" else None,
     }
+    for name in ("mamba", "mamba2"):
+        values[f"{name}.expand"] = inner_width(getattr(config, name), width)
     for name in ("attention", "gla", "retention", "lightning", "aaren"):
         group = getattr(config, name)
         heads = group.heads

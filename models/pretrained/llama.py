@@ -19,7 +19,7 @@ MIXTRAL = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
 def read(o: Options) -> LMConfig:
-    kind, depth = o.text("model_type"), o.whole("num_hidden_layers")
+    kind, depth = o.text("model_type"), o.count("num_hidden_layers")
     o.expect("hidden_act", "silu")
     o.expect("attention_dropout", 0.0, 0)
     o.expect("pretraining_tp", 1)
@@ -43,7 +43,7 @@ def read(o: Options) -> LMConfig:
         width=o.whole("hidden_size"),
         depth=depth,
         pattern=written([f"attention+{mlp}" for mlp in blocks]),
-        norm_eps=o.number("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
+        norm_eps=o.number("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6, least=0.0),
         tie_head=o.flag("tie_word_embeddings", False),
         mlp=MLPConfig(
             hidden=o.whole("intermediate_size"),
@@ -59,8 +59,8 @@ def rope_base(o: Options) -> float:
     rope = o.mapping("rope_parameters", None)
     rope.expect("rope_parameters.rope_type", "default")
     rope.expect("rope_parameters.partial_rotary_factor", 1.0)
-    older = o.number("rope_theta", 10000.0)
-    base = rope.number("rope_parameters.rope_theta", older)
+    older = o.number("rope_theta", 10000.0, least=1.0)
+    base = rope.number("rope_parameters.rope_theta", older, least=1.0)
     rope.done()
     o.expect("rope_scaling")
     return base
@@ -74,11 +74,15 @@ def mixtral(o: Options) -> MoEConfig:
     # their share of an expert is k times ours
     balance = top * coefficient if logits else 0.0
     router = RouterConfig(top=top, balance=balance, pooled=True, z=0.0)
-    return MoEConfig(experts=o.whole("num_local_experts", 8), router=router)
+    return MoEConfig(experts=o.count("num_local_experts", 8), router=router)
 
 
 def _qwen(o: Options, depth: int) -> tuple[list[str], MoEConfig]:
-    every, dense = o.whole("decoder_sparse_step", 1), o.each("mlp_only_layers", [])
+    every, dense = o.whole("decoder_sparse_step", 1, most=2**31), o.each("mlp_only_layers", [])
+    if not all(type(i) is int for i in dense):
+        raise ValueError(
+            f"config.json: mlp_only_layers={str(dense)[:80]} are not all whole numbers"
+        )
     kinds = ["moe" if i not in dense and (i + 1) % every == 0 else "swiglu" for i in range(depth)]
     top, logits = o.whole("num_experts_per_tok", 4), o.flag("output_router_logits", False)
     coefficient = o.number("router_aux_loss_coef", 0.001)
@@ -90,7 +94,7 @@ def _qwen(o: Options, depth: int) -> tuple[list[str], MoEConfig]:
         z=0.0,
     )
     return kinds, MoEConfig(
-        experts=o.whole("num_experts", 60),
+        experts=o.count("num_experts", 60),
         hidden=o.whole("moe_intermediate_size", 1408),
         shared=o.whole("shared_expert_intermediate_size", 5632),
         shared_gate=True,
@@ -142,7 +146,7 @@ def write(config: LMConfig, kind: str) -> dict[str, Any]:
             "norm_topk_prob": moe.router.renormalize,
             "mlp_only_layers": [i for i, mlp in enumerate(blocks) if mlp != "moe"],
             "qkv_bias": attention.bias,
-            **_balance(moe.router),
+            **balance(moe.router),
         }
     return values
 
@@ -158,10 +162,10 @@ ARCHITECTURES = {
 def mixtral_options(moe: MoEConfig) -> dict[str, Any]:
     router = moe.router
     options = {"num_local_experts": moe.experts, "num_experts_per_tok": router.choices}
-    return options | _balance(router)
+    return options | balance(router)
 
 
-def _balance(router: RouterConfig) -> dict[str, Any]:
+def balance(router: RouterConfig) -> dict[str, Any]:
     coefficient = (0.01 if router.balance is None else router.balance) / router.choices
     return {"router_aux_loss_coef": coefficient, "output_router_logits": coefficient > 0}
 
@@ -183,10 +187,12 @@ def pieces(config: LMConfig, kind: str) -> Iterator[Piece]:
             yield from kernels(f"{at}mlp.", f"{to}mlp.", {"shared_expert_gate": "shared_gate"})
 
 
-def ends(config: LMConfig, embedding: str = "model.embed_tokens") -> Iterator[Piece]:
+def ends(
+    config: LMConfig, embedding: str = "model.embed_tokens", norm: str = "model.norm"
+) -> Iterator[Piece]:
     """The embedding, the last norm, and the head where it is not the embedding."""
     yield Piece(f"{embedding}.weight", "embedding")
-    yield Piece("model.norm.weight", "norm.scale")
+    yield Piece(f"{norm}.weight", "norm.scale")
     if not config.tie_head:
         yield Piece("lm_head.weight", "head.kernel", "T")
 

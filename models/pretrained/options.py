@@ -1,11 +1,14 @@
 """config.json of a published checkpoint: every option in it is read, or it is an error."""
 
 import json
-import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 REQUIRED = object()
+LARGEST = 3e38  # what float32 holds
+LONGEST = 2**27  # bytes of a JSON file
 
 # What every library writes beside the model's own options; none of it changes what is computed.
 NEUTRAL = frozenset(
@@ -24,11 +27,12 @@ class Options:
     """The options by name; each method reads one, checks its type, and counts it as known.
 
     A missing option and one that is null give the default; without a default they are an error.
-    Sizes are at most `most`: what the files hold, so that a wrong one cannot exhaust the memory.
+    Sizes are at most `most`: what the files hold, so that a wrong one cannot exhaust the memory;
+    what is there so many times, with tensors of its own, at most `tensors`.
     """
 
-    def __init__(self, values: dict[str, Any], most: int = 2**31):
-        self.values, self.most, self.known = values, most, set(NEUTRAL)
+    def __init__(self, values: dict[str, Any], most: int = 2**31, tensors: int = 2**20):
+        self.values, self.most, self.tensors, self.known = values, most, tensors, set(NEUTRAL)
 
     def whole(
         self, name: str, default: Any = REQUIRED, least: int = 1, most: int | None = None
@@ -44,17 +48,19 @@ class Options:
             raise self._wrong(name, f"a number from {least} to {most}, of the files' sizes")
         return value
 
-    def number(self, name: str, default: Any = REQUIRED) -> Any:
-        """A finite float."""
+    def count(self, name: str, default: Any = REQUIRED) -> Any:
+        """How often something is there that has tensors of its own: layers, experts."""
+        return self.whole(name, default, most=self.tensors)
+
+    def number(self, name: str, default: Any = REQUIRED, least: float = -LARGEST) -> Any:
+        """A number of float32, at least `least`."""
         value = self._get(name, default)
         if value is default:
             return value
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise self._wrong(name, "a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        if not least <= value <= LARGEST:  # nor nan
+            raise self._wrong(name, f"a finite number{f' from {least:g}' * (least > -LARGEST)}")
         return float(value)
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
@@ -69,7 +75,8 @@ class Options:
     def mapping(self, name: str, default: Any = REQUIRED) -> "Options":
         """The options inside one, which names them as `outer.inner`."""
         value = self._typed(name, default, dict, "a mapping")
-        return Options({f"{name}.{key}": inner for key, inner in (value or {}).items()}, self.most)
+        inner = {f"{name}.{key}": each for key, each in (value or {}).items()}
+        return Options(inner, self.most, self.tensors)
 
     def expect(self, name: str, *supported: Any) -> None:
         """An option of which only these values are supported; missing or null is, too."""
@@ -85,8 +92,8 @@ class Options:
         """ValueError for options that nobody asked for: the model may not be what we made of it."""
         unknown = {n: v for n, v in self.values.items() if n not in self.known and v is not None}
         if unknown:
-            shown = ", ".join(f"{name}={json.dumps(value)[:60]}" for name, value in unknown.items())
-            raise ValueError(f"config.json: not supported for this kind of model: {shown}")
+            wrong = shown(f"{name}={json.dumps(value)[:60]}" for name, value in unknown.items())
+            raise ValueError(f"config.json: not supported for this kind of model: {wrong}")
 
     def _get(self, name, default):
         self.known.add(name)
@@ -104,23 +111,48 @@ class Options:
         raise self._wrong(name, wanted)
 
     def _wrong(self, name, wanted):
-        shown = json.dumps(self.values[name])[:80]
-        return ValueError(f"config.json: {name}={shown} is not supported; it can be {wanted}")
+        value = json.dumps(self.values[name])[:80]
+        return ValueError(f"config.json: {name}={value} is not supported; it can be {wanted}")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. ValueError if it holds none."""
+    """The mapping in a JSON file. ValueError if it holds none, or a name twice."""
+    if path.stat().st_size > LONGEST:
+        raise ValueError(f"{path} has more than {LONGEST} bytes: it is no file of options")
     try:
-        values = json.loads(path.read_text("utf-8"), object_hook=_float)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {str(error)[:80]}") from None
+        values = json.loads(path.read_text("utf-8"), object_pairs_hook=_mapping)
+    except (ValueError, RecursionError) as error:  # nor UTF-8, or a number of thousands of digits
+        raise ValueError(f"{path} is not JSON: {shown([str(error)])}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a mapping of options")
     return values
 
 
-def _float(mapping):
+def same(values: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """ValueError for options that changed since; `before` is None where nobody knows."""
+    names = [] if before is None else sorted((values.keys() | before.keys()) - NEUTRAL)
+    for name in names:
+        now, then = (json.dumps(v.get(name), sort_keys=True) for v in (values, before or {}))
+        if now != then:
+            raise ValueError(
+                f"config.json: {shown([name])}={now[:60]} was {then[:60]} when the weights were "
+                "written"
+            )
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few of a list of names, in one line, and how many there are."""
+    names = list(names)
+    first = [(name if name.isprintable() else json.dumps(name))[:120] for name in names[:8]]
+    return ", ".join(first) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _mapping(pairs):
     """transformers writes what JSON has no number for as {"__float__": "Infinity"}."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"there twice: {shown(twice)}")
     if mapping.keys() == {"__float__"} and isinstance(mapping["__float__"], str):
         return float({"Infinity": "inf", "-Infinity": "-inf"}.get(mapping["__float__"], "nan"))
     return mapping

@@ -11,7 +11,7 @@ from scanax.models.pretrained import (
     save_pretrained,
 )
 from support.compare import close
-from support.their_models import CONFIGS, build
+from support.their_models import CONFIGS, PLAIN, build
 from transformers import AutoModelForCausalLM, logging
 
 BAR = 3e-6
@@ -35,9 +35,7 @@ def load(folder):
 
 def their_load(folder):
     """By transformers, which finds each tensor that it looks for and no other."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **PLAIN)
     assert not any(info.values()), info
     return model.eval()
 
@@ -79,9 +77,9 @@ def test_they_read_ours(case, like, tmp_path):
 
 def test_shards(case, tmp_path):
     model, _, mine, tokens, logits = case
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="5KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     close(ours(load(tmp_path / "theirs"), tokens), logits, BAR)
-    save_pretrained(mine, tmp_path / "ours", family=model.config.model_type, most=20_000)
+    save_pretrained(mine, tmp_path / "ours", family=model.config.model_type, most=5_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     close(theirs(their_load(tmp_path / "ours"), tokens), logits, BAR)
