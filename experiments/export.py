@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def export(config: ExportConfig) -> None:
-    loaded, out = load(config.checkpoint, parse_step(config.step)), Path(config.out)
+    loaded, out = load(config.checkpoint, parse_step(config.step)), Path(config.out).expanduser()
     save_pretrained(loaded.model, out, family=config.family, like=config.like)
     written = None
     if isinstance(loaded.tokenizer, TokenizerJson):

@@ -160,8 +160,8 @@ def test_an_export_is_the_run(folder, tmp_path, capsys):
         str(out): "exists and is not empty",
         f"{tmp_path}/new --family nobody": "family='nobody' is not one of llama",
         f"{tmp_path}/new --step 7": "no checkpoint of step 7",
-        f"{tmp_path}/new --like {folder}/weights": "weights/config.json",
-        f"{tmp_path}/new --checkpoint {folder}/run": "no layout has words for this model",
+        f"{tmp_path}/new --like {folder}/weights": "weights has no config.json",
+        f"{tmp_path}/new --checkpoint {folder}/run --family llama": "no layout has words for this",
     }.items():
         assert export.main([*args, *wrong.split()]) == 2
         said = capsys.readouterr().err
