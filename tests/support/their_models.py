@@ -111,8 +111,8 @@ def selective(rng: Generator) -> dict:
     """The options that Mamba and FalconMamba share: an inner width may contradict `expand`."""
     own = {"intermediate_size": int(rng.integers(5, 60))} if flip(rng) else {}
     return own | {
-        "vocab_size": int(rng.integers(40, 100)),
-        "hidden_size": int(rng.integers(5, 40)),
+        "vocab_size": int(rng.integers(150, 250)),
+        "hidden_size": int(rng.integers(10, 40)),
         "num_hidden_layers": int(rng.integers(1, 4)),
         "expand": int(rng.integers(1, 4)),
         "state_size": int(rng.integers(2, 12)),
@@ -128,10 +128,10 @@ def selective(rng: Generator) -> dict:
 
 def mamba2(rng: Generator) -> PretrainedConfig:
     expand, groups = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-    heads, each = groups * int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    heads, each = groups * int(rng.integers(2, 5)), int(rng.integers(4, 8))
     limit = [float(rng.uniform(0.05, 0.5)), float(rng.uniform(0.5, 2.0))]
     return transformers.Mamba2Config(
-        vocab_size=int(rng.integers(40, 100)),
+        vocab_size=int(rng.integers(150, 250)),
         hidden_size=heads * each,
         num_hidden_layers=int(rng.integers(1, 4)),
         expand=expand,
