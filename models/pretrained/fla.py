@@ -38,13 +38,13 @@ WITHOUT_EFFECT = (
 
 def read(o: Options) -> LMConfig:
     kind = o.text("model_type")
-    width, depth = o.whole("hidden_size", 2048), o.whole("num_hidden_layers", 24)
+    width, depth = o.whole("hidden_size", 2048), o.count("num_hidden_layers", 24)
     o.skip(*WITHOUT_EFFECT)
     o.expect("hidden_act", "swish")
     o.expect("feature_map")
     o.expect("use_output_gate", True)
     o.expect("attnres_block_size")
-    default, eps, conv = DEFAULTS[kind], o.number("norm_eps", 1e-6), _conv(o)
+    default, eps, conv = DEFAULTS[kind], o.number("norm_eps", 1e-6, least=0.0), _conv(o)
     mixer: dict[str, Any] = {
         "heads": o.whole("num_heads", default["num_heads"]),
         "kv_heads": o.whole("num_kv_heads", None),
@@ -88,7 +88,9 @@ def _inner(o: Options, name: str, default: float, width: int) -> int:
     """The width of all heads together; `name` is its ratio to the model's, rounded down."""
     size = int(width * o.number(name, default))
     if not 0 < size <= o.most:
-        raise ValueError(f"config.json: {name}={o.values[name]} with a width of {width}")
+        raise ValueError(
+            f"config.json: {name}={o.values.get(name, default)} with a width of {width}"
+        )
     return size
 
 
@@ -111,14 +113,14 @@ def _attention(o: Options, depth: int) -> tuple[list[int], AttentionConfig]:
     if not attn.values:
         return [], AttentionConfig()
     layers = attn.each("attn.layers")
-    if not all(isinstance(i, int) and 0 <= i < depth for i in layers):
-        raise ValueError(f"config.json: attn.layers={layers} are not layers of {depth}")
+    if not all(type(i) is int and 0 <= i < depth for i in layers):
+        raise ValueError(f"config.json: attn.layers={str(layers)[:80]} are not layers of {depth}")
     attn.expect("attn.qk_norm", False)
     attention = AttentionConfig(
         heads=attn.whole("attn.num_heads"),
         kv_heads=attn.whole("attn.num_kv_heads", None),
         window=attn.whole("attn.window_size", None, most=2**31),
-        rope_base=attn.number("attn.rope_theta", 10000.0),
+        rope_base=attn.number("attn.rope_theta", 10000.0, least=1.0),
         bias=attn.flag("attn.qkv_bias", False),
     )
     attn.done()

@@ -34,7 +34,7 @@ BLOCK = 256  # tokens of a block where their code runs in blocks; it is the defa
 
 
 def read(o: Options) -> LMConfig:
-    depth, heads = o.whole("num_hidden_layers", 32), o.whole("num_attention_heads", 32)
+    depth, heads = o.count("num_hidden_layers", 32), o.whole("num_attention_heads", 32)
     o.skip("block_size")
     o.expect("hidden_act", "silu")
     o.expect("attention_dropout", 0.0, 0)
@@ -43,7 +43,7 @@ def read(o: Options) -> LMConfig:
     kinds = o.each("layer_types", [list(MIXERS)[(i + 1) % 2] for i in range(depth)])
     if len(kinds) != depth or not all(kind in list(MIXERS) for kind in kinds):
         raise ValueError(
-            f"config.json: layer_types={kinds} is not supported; it can be {depth} of "
+            f"config.json: layer_types={str(kinds)[:80]} is not supported; it can be {depth} of "
             f"{' and '.join(MIXERS)}"
         )
     mixers = [MIXERS[kind] for kind in kinds]
@@ -52,7 +52,7 @@ def read(o: Options) -> LMConfig:
         width=width,
         depth=depth,
         pattern=written([f"{mixer}+moe" for mixer in mixers]),
-        norm_eps=o.number("rms_norm_eps", 1e-5),
+        norm_eps=o.number("rms_norm_eps", 1e-5, least=0.0),
         tie_head=o.flag("tie_word_embeddings", False),
         residual=_residual(o, mixers),
         mlp=MLPConfig(hidden=o.whole("intermediate_size", 14336)),

@@ -51,11 +51,11 @@ def read(o: Options) -> LMConfig:
     o.expect("rel_pos_buckets", 0)
     o.expect("max_rel_pos", 0)
     o.expect("activation_fn", *ACTIVATIONS)
-    width, eps = o.whole("decoder_embed_dim", 768), o.number("layernorm_eps", 1e-6)
+    width, eps = o.whole("decoder_embed_dim", 768), o.number("layernorm_eps", 1e-6, least=0.0)
     return LMConfig(
         vocab=o.whole("vocab_size"),
         width=width,
-        depth=o.whole("decoder_layers", 12),
+        depth=o.count("decoder_layers", 12),
         pattern=f"retention+{ACTIVATIONS[o.text('activation_fn', 'gelu')]}",
         norm_eps=eps,
         tie_head=o.flag("share_decoder_input_output_embed", False),

@@ -19,7 +19,7 @@ def read(o: Options) -> LMConfig:
     o.expect("norm_type", "simplermsnorm")
     o.expect("linear_act_fun", "silu")
     o.expect("bias", False)
-    width, depth = o.whole("decoder_embed_dim", 1024), o.whole("decoder_layers", 24)
+    width, depth = o.whole("decoder_embed_dim", 1024), o.count("decoder_layers", 24)
     heads, inner = o.whole("decoder_attention_heads", 8), o.whole("hidden_dim", 1024)
     if inner % heads:
         raise ValueError(f"config.json: hidden_dim={inner} does not divide into {heads} heads")
@@ -49,8 +49,8 @@ def _lrpe(o: Options, depth: int) -> int:
     count = each.count(1)
     if each != [1] * count + [0] * (depth - count):
         raise ValueError(
-            f"config.json: linear_use_lrpe_list={each} is not supported; it can be {depth} "
-            "numbers, 1 in the first layers and 0 in the others"
+            f"config.json: linear_use_lrpe_list={str(each)[:80]} is not supported; it can be "
+            f"{depth} numbers, 1 in the first layers and 0 in the others"
         )
     return count
 
