@@ -120,16 +120,19 @@ class Pretrained:
                 x = np.pad(x, [(0, n - m) for n, m in zip(sizes[name], x.shape, strict=True)])
             return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
+        def run(names, where):
+            each = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+            layers = [one(name, each) for name in names]  # gone before the next are read
+            return jax.block_until_ready(jax.jit(_stack, out_shardings=where)(layers))
+
         params: dict[str, Any] = {}
         for path, where in jax.tree_util.tree_leaves_with_path(places):
             keys = [part.key for part in path]
-            if keys[0] != "blocks":
-                leaf = one(".".join(keys), where)
-            else:
+            if keys[0] == "blocks":
                 layers = runs(config)[keys[1]].layers
-                each = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
-                parts = [one(".".join(["layers", str(i), *keys[2:]]), each) for i in layers]
-                leaf = jax.jit(_stack, out_shardings=where)(parts)
+                leaf = run([".".join(["layers", str(i), *keys[2:]]) for i in layers], where)
+            else:
+                leaf = one(".".join(keys), where)
             put(params, keys, leaf)
         return params
 
