@@ -24,6 +24,9 @@ class TrainConfig(Generic[T]):
     task: Annotated[T, tyro.conf.arg(name="")]
     preset: str = "stdlib"
     """What the other flags change: a file of experiments/configs, or a model of published size."""
+    source: Annotated[str, tyro.conf.arg(name="from", metavar="DIR")] = ""
+    """Weights to begin with instead of random ones: a published checkpoint's directory or Hub id,
+    or a run, of which the latest are taken. The model is theirs, and so are the tokens."""
     run: str = ""
     """Directory of the run: checkpoints, metrics, plot, config. If empty, runs/PRESET, or
     runs/PRESET-2 and so on where that exists; with --resume, the last of these."""

@@ -47,7 +47,7 @@ class DataConfig:
     heldout: tuple[str, ...] = ()
     """What to validate on, in the same forms; empty: a part of `paths`, chosen by document."""
     tokenizer: str | None = None
-    """Path of a Hugging Face tokenizer.json; without one a token is a byte."""
+    """Path of a Hugging Face tokenizer.json; without one, or `bytes`, a token is a byte."""
     suffixes: tuple[str, ...] = ()
     """In directories, only files whose names end so (.py .txt); empty: every file not hidden."""
     field: str = "text"

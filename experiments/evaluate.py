@@ -2,6 +2,7 @@
 
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
+python -m scanax.experiments.evaluate --checkpoint published/llama --choices questions.jsonl
 """
 
 import os
@@ -16,16 +17,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tqdm
 from flax import nnx
 from jax.sharding import Mesh, use_abstract_mesh
+from scanax.experiments import choices, flags
 from scanax.experiments import data as texts
-from scanax.experiments import flags
-from scanax.experiments.loading import Loaded, load, parse_step
+from scanax.experiments.loading import Loaded, load, parse_step, published
 from scanax.experiments.sampling import AXES
 from scanax.models import LM
 from scanax.sharding import mesh
@@ -36,17 +37,26 @@ class EvaluateConfig:
     """Measure how well a trained model predicts text."""
 
     checkpoint: str
-    """Directory of a training run."""
+    """Directory of a training run, or of a published checkpoint, or a Hub id."""
     step: str | None = None
-    """The step whose checkpoint to use: a number or `best`; the latest if None."""
+    """The step of a run whose checkpoint to use: a number or `best`; the latest if None."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of a published checkpoint's weights and computation; float32 if None. A run has its own."""
     data: texts.DataConfig = dataclasses.field(default_factory=lambda: texts.DataConfig(paths=()))
     """The text, all of it; without --data.paths, what was held out when the model was trained."""
+    choices: str | None = None
+    """A JSONL file of multiple-choice questions to answer, by the likelihood of each choice: rows
+    {"question": "...", "choices": ["...", ...], "answer": 0}. Text is then measured only if
+    --data.paths is given."""
+    length: int | None = None
+    """Tokens that --lengths multiply; if None the training length, 512 for published ones."""
     lengths: tuple[int, ...] = (1, 2, 4, 8)
-    """Sequence lengths, in multiples of the training length."""
+    """Sequence lengths, in multiples of --length."""
     tokens: int = 200_000
     """Tokens to measure at each length, spread over the text; 0: all of it."""
     out: str | None = None
-    """Directory for evaluation.json and loss_by_position.png; the run's own if None."""
+    """Directory for evaluation.json and loss_by_position.png; if None the run's own, for published
+    checkpoints evaluations/NAME here."""
     plot: bool = True
     """Draw loss_by_position.png (package matplotlib, extra `train`)."""
     mesh: str = ""
@@ -63,7 +73,10 @@ class EvaluateConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 0")
         if self.data.heldout:
             raise ValueError("--data.heldout is for training; all of --data.paths is measured")
-        if not self.data.paths and self.data != texts.DataConfig(paths=()):
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length={self.length}; it must be at least 1")
+        bare = texts.DataConfig(paths=(), tokenizer=self.data.tokenizer if self.choices else None)
+        if not self.data.paths and self.data != bare:
             raise ValueError("--data flags describe --data.paths, and none are given")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"out={self.out!r} is not a directory")
@@ -89,8 +102,14 @@ def main(args: list[str] | None = None) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure at every length, and print; what evaluation.json holds."""
-    if config.plot:
+    """Measure what is asked for, and print; what evaluation.json holds."""
+    questions = [] if config.choices is None else choices.read(config.choices)
+    if reads_text(config) and not config.data.paths and published(config.checkpoint):
+        raise ValueError(
+            f"{config.checkpoint} is a published checkpoint, which holds no text; name some with "
+            "--data.paths"
+        )
+    if config.plot and reads_text(config):
         try:
             import matplotlib  # noqa: F401
         except ImportError:
@@ -99,19 +118,41 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             ) from None
     mesh.emulate(config.emulate_devices)
     over = mesh.only(mesh.make(config.mesh), *AXES)
-    loaded = load(config.checkpoint, parse_step(config.step), over)
-    source, task = text(config, loaded), loaded.config.task
+    own = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
+    loaded = load(config.checkpoint, parse_step(config.step), over, **own)
+    score, task = scorer(loaded.model, over), loaded.config.task
+    # as many tokens at once as a batch of training has, where a row is no longer than that
+    room = task.rows * task.length
+    results: dict[str, Any] = {"step": loaded.step}
+    if reads_text(config):
+        results |= by_length(config, loaded, score, over, room)
+    if config.choices is not None:
+        given = questions, loaded, config.checkpoint, over.shape["seq"], room
+        results["choices"] = {"file": config.choices} | choices.answer(score, *given)
+    return results
+
+
+def reads_text(config: EvaluateConfig) -> bool:
+    return bool(config.data.paths) or config.choices is None
+
+
+Score = Callable[[texts.Batch], np.ndarray]
+
+
+def by_length(
+    config: EvaluateConfig, loaded: Loaded, score: Score, over: Mesh, room: int
+) -> dict[str, Any]:
+    """Measure the text at every length, `room` tokens at once."""
+    source, training = text(config, loaded), loaded.config.task.length
+    lengths = [times * (config.length or training) for times in config.lengths]
     with jax.set_mesh(over):
-        for times in config.lengths:
-            mesh.over_time(times * task.length)
-    print(f"step {loaded.step} of {config.checkpoint} on {source.name}, {len(source):,} tokens")
-    results: dict[str, Any] = {"step": loaded.step, "text": source.name}
-    results |= {"training_length": task.length, "lengths": []}
-    score = scorer(loaded.model, over)
-    for times in config.lengths:
-        length = times * task.length
-        # as many tokens at once as a batch of training has, where a row is no longer than that
-        rows = max(1, task.rows * task.length // length)
+        for length in lengths:
+            mesh.over_time(length)
+    print(f"{named(config, loaded.step)} on {source.name}, {len(source):,} tokens")
+    results: dict[str, Any] = {"text": source.name}
+    results |= {"training_length": None if loaded.step is None else training, "lengths": []}
+    for length in lengths:
+        rows = max(1, room // length)
         result = measure(score, source, rows, length, config.tokens)
         if not results["lengths"]:
             print("".join(f"{name.replace('_', ' '):>16}" for name in result if name in FORMATS))
@@ -122,6 +163,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for bucket in longest["by_context"]:
         print(f"{span(bucket):>16}{bucket['nats_per_token']:>16.4f}")
     return results
+
+
+def named(config: EvaluateConfig, step: int | None) -> str:
+    return config.checkpoint if step is None else f"step {step} of {config.checkpoint}"
 
 
 FORMATS = {"length": "d", "nats_per_token": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
@@ -144,16 +189,13 @@ def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
                 given = dataclasses.replace(given, **{name: getattr(own, name)})
     elif loaded.tokenizer is None and given.tokenizer is None:
         raise ValueError(
-            f"{config.checkpoint} was trained on token arrays without a tokenizer; to measure text "
-            "name theirs with --data.tokenizer"
+            f"{config.checkpoint} {loaded.without}; to measure text name one with --data.tokenizer "
+            "(bytes, if its tokens are bytes)"
         )
     source, vocab = texts.corpus(**vars(given)).heldout, loaded.config.task.model.vocab
     if source.vocab > vocab:
         raise ValueError(f"{source.name} has {source.vocab} tokens, the model {vocab}")
     return source
-
-
-Score = Callable[[texts.Batch], np.ndarray]
 
 
 def scorer(model: LM, over: Mesh) -> Score:
@@ -222,12 +264,15 @@ def span(bucket: dict[str, Any]) -> str:
 
 def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     """evaluation.json and loss_by_position.png, each whole or not at all."""
-    folder = Path(config.out or config.checkpoint)
+    name = Path(config.checkpoint).resolve().name
+    bare = results["step"] is None
+    own = Path("evaluations", name) if bare else Path(config.checkpoint)
+    folder = own if config.out is None else Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     print()
     write(folder / "evaluation.json", json.dumps(results, indent=1).encode())
-    if config.plot:
-        name = f"{Path(config.checkpoint).resolve().name}, step {results['step']}"
+    if config.plot and "lengths" in results:
+        name = name if bare else f"{name}, step {results['step']}"
         write(folder / "loss_by_position.png", curves(results, name))
 
 
@@ -257,12 +302,15 @@ def curves(results: dict[str, Any], title: str) -> bytes:
         axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.axvline(results["training_length"], color="0.6", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("tokens of the document read so far (dashed: training length)")
+    about = "tokens of the document read so far"
+    if results["training_length"] is not None:
+        axes.axvline(results["training_length"], color="0.6", linewidth=0.8, linestyle="--")
+        about += " (dashed: training length)"
+    axes.set_xlabel(about)
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")  # where losses end up least
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

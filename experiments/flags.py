@@ -13,10 +13,14 @@ from typing import Any
 import tyro
 
 from ..models.presets import PRESETS
+from ..models.pretrained.compare import difference
 from .config import TrainConfig, read
+from .data import are_arrays
 from .launcher import Hosts
+from .loading import Found, find
 
 ENDS = ("steps", "minutes")
+COMPUTED = ("dtype", "param_dtype", "remat", "loss_chunk", "vocab_multiple")
 
 
 def train(args: list[str]) -> TrainConfig:
@@ -24,6 +28,7 @@ def train(args: list[str]) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="stdlib")
     first.add_argument("--run", default="")
+    first.add_argument("--from", dest="source", default="")
     first.add_argument("--resume", action="store_true")
     for name in ENDS:
         first.add_argument(f"--{name}", default=argparse.SUPPRESS)
@@ -32,10 +37,15 @@ def train(args: list[str]) -> TrainConfig:
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
     run = Path(early.run) if early.run else folder(early.preset, early.resume)
+    if early.resume and early.source:
+        raise ValueError(f"--from {early.source} begins a new run, --resume goes on with one")
     if early.resume:
         config = dataclasses.replace(read(run / "config.json"), step=None, hosts=Hosts())
     else:
         config = dataclasses.replace(preset(early.preset), preset=early.preset)
+    found = find(early.source) if early.source else None
+    if found is not None:
+        config = dataclasses.replace(config, task=of(found, config.task))
     config = dataclasses.replace(config, run=str(run))
     if any(name in early for name in ENDS):  # an end that is given stands alone
         config = dataclasses.replace(config, **dict.fromkeys(ENDS))
@@ -47,7 +57,31 @@ def train(args: list[str]) -> TrainConfig:
             f"preset={made.preset!r}, but {run} is of {config.preset!r}; a resumed run keeps its "
             "preset, and other flags change it"
         )
+    if found is not None:
+        check(found, made)
     return made
+
+
+def of(found: Found, task: Any) -> Any:
+    """A task with the model and the tokens of what was found."""
+    model, theirs = found.config.task.model, found.config.task.data
+    if found.step is None:  # published: how it is computed is said here
+        how = {name: getattr(task.model, name) for name in COMPUTED}
+        model = dataclasses.replace(model, **how)
+    data = dataclasses.replace(task.data, tokenizer=theirs.tokenizer)
+    return dataclasses.replace(task, model=model, data=data)
+
+
+def check(found: Found, made: TrainConfig) -> None:
+    """ValueError if the flags make another model, or nothing says what its tokens are."""
+    if changed := difference(made.task.model, found.config.task.model):
+        raise ValueError(f"--from {made.source} holds another model: {changed}")
+    data = made.task.data
+    if found.step is None and data.tokenizer is None and not are_arrays(data.paths, data.suffixes):
+        raise ValueError(
+            f"{made.source} has no tokenizer.json; name one with --data.tokenizer (bytes, if its "
+            "tokens are bytes)"
+        )
 
 
 def folder(preset: str, resume: bool) -> Path:

@@ -1,6 +1,7 @@
 """Continue prompts with a trained model.
 
 python -m scanax.experiments.generate --checkpoint runs/stdlib --prompt "def " --tokens 400
+python -m scanax.experiments.generate --checkpoint published/llama --prompt "Once" --dtype bfloat16
 """
 
 import os
@@ -15,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scanax.experiments import flags, saved_state
@@ -30,9 +31,13 @@ class GenerateConfig:
     """Continue prompts with a trained model."""
 
     checkpoint: str
-    """Directory of a training run."""
+    """Directory of a training run, or of a published checkpoint, or a Hub id."""
     step: str | None = None
-    """The step whose checkpoint to use: a number or `best`; the latest if None."""
+    """The step of a run whose checkpoint to use: a number or `best`; the latest if None."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of a published checkpoint's weights and computation; float32 if None. A run has its own."""
+    tokenizer: str | None = None
+    """Path of a tokenizer.json, or `bytes`; if None, what lies beside the weights."""
     prompt: tuple[str, ...] = ()
     """Texts to continue, of any lengths; each gets what it would get alone."""
     prompt_file: str | None = None
@@ -93,7 +98,13 @@ def main(args: list[str] | None = None) -> int:
         writable(config.save_state)
         mesh.emulate(config.emulate_devices)
         over = mesh.only(mesh.make(config.mesh), *AXES)
-        loaded = load(config.checkpoint, parse_step(config.step), over)
+        loaded = load(
+            config.checkpoint,
+            parse_step(config.step),
+            over,
+            dtype=config.dtype,
+            tokenizer=config.tokenizer,
+        )
         prompts = texts(config, loaded)
         generator = Generator(loaded.model, over)
         context, used, room = ready(config, loaded, generator, prompts)
@@ -122,8 +133,8 @@ def texts(config: GenerateConfig, loaded: Loaded) -> list[np.ndarray]:
     """The prompts as tokens."""
     if loaded.tokenizer is None:
         raise ValueError(
-            f"{config.checkpoint} was trained on token arrays without a tokenizer, so there is no "
-            "way to read a prompt"
+            f"{config.checkpoint} {loaded.without}, so there is no way to read a prompt; name one "
+            "with --tokenizer (bytes, if its tokens are bytes)"
         )
     given = list(config.prompt)
     if config.prompt_file is not None:

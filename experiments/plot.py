@@ -30,7 +30,7 @@ def loss_curve(folder: Path, unit: str) -> Path:
     axes.set_title(folder.name)
     axes.grid(alpha=0.3)
     if train:
-        axes.legend()
+        axes.legend(loc="upper right")  # where losses end up least
     path = folder / "loss.png"
     figure.savefig(path)
     return path

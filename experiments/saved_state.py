@@ -40,9 +40,11 @@ def load(path: str, loaded: Loaded, generator: Generator) -> tuple[Context, int,
             if "weights" not in header:
                 raise ValueError(f"{path} is not a file of --save-state")
             if header["weights"] != weights(loaded):
+                step = header["step"]
+                what = "another dtype" if step == "None" else f"step {step}"
                 raise ValueError(
-                    f"{path} was saved with other weights than those of {loaded.folder}: with step "
-                    f"{header['step']} of this model, or of another"
+                    f"{path} was saved with other weights than those of {loaded.folder}: with "
+                    f"{what} of this model, or of another"
                 )
             used, room, rows = (int(header[name]) for name in ("used", "room", "rows"))
             generator.check(rows)
@@ -74,5 +76,9 @@ def empty(generator: Generator, rows: int, room: int) -> Context:
 
 def weights(loaded: Loaded) -> str:
     """What tells the checkpoint's weights from any others: the CRC-32s of its files."""
+    if loaded.step is None:
+        paths = [loaded.folder / "config.json", *sorted(loaded.folder.glob("*.safetensors"))]
+        sums = {path.name: checkpoint.crc32(path) for path in paths}
+        return f"{checkpoint.seal(sums | {'dtype': loaded.config.task.model.dtype}):08x}"
     files = checkpoint.manifest(loaded.folder.parent, loaded.step)["files"]
     return f"{checkpoint.seal(files):08x}"

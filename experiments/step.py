@@ -50,8 +50,9 @@ class Program(NamedTuple):
 
     def model(self, state: State, task: Task) -> Any:
         """The trained model as `task` builds it for one device."""
-        flat = jax.device_get(self.task.by_layer(state["params"]))
-        return assembled(task, flat, mesh.make())
+        flat, over = jax.device_get(self.task.by_layer(state["params"])), mesh.make()
+        params = jax.jit(task.from_layers, out_shardings=blueprint(task, over)[2])(flat)
+        return assembled(task, params, over)
 
 
 def blueprint(task: Task, over: Mesh) -> tuple[nnx.GraphDef, Any, Any]:
@@ -61,10 +62,9 @@ def blueprint(task: Task, over: Mesh) -> tuple[nnx.GraphDef, Any, Any]:
     return graphdef, shapes, task.shardings(shapes, over)
 
 
-def assembled(task: Task, flat: dict[str, Any], over: Mesh) -> Any:
-    """The model of parameters by layer, on a mesh."""
-    graphdef, _, places = blueprint(task, over)
-    params = jax.jit(task.from_layers, out_shardings=places)(flat)
+def assembled(task: Task, params: Any, over: Mesh) -> Any:
+    """The model of parameters that lie on a mesh."""
+    graphdef, _, _ = blueprint(task, over)
 
     def others():  # decays by depth and the like; the parameters' draws are dead code
         return nnx.split(task.build(nnx.Rngs(0)), nnx.Param, ...)[2]
@@ -81,19 +81,22 @@ def build(
     over: Mesh | None = None,
     how: Schedule = PLAIN,
     batch: Any = None,
+    read: Callable[[Any, Mesh], Any] | None = None,
 ) -> tuple[Program, State]:
     """The program of a task, and the state before the first step, on a mesh (None: one device).
 
     A batch's rows are taken in `parts` equal parts, one after the other; `how` says what is in
     force on the mesh. With the shapes of a batch the step is traced, once for all, before anything
-    is compiled: a model that cannot run is known at once.
+    is compiled: a model that cannot run is known at once. read(task, over) makes the first
+    parameters where they lie; None: they are drawn.
     """
-    start, program = compiled(task, config, parts, mesh.make() if over is None else over, how)
+    over = mesh.make() if over is None else over
+    start, program = compiled(task, config, parts, over, how)
     key = jax.random.key(seed)
     if batch is not None:
-        state, rest = jax.eval_shape(start, key)
+        state, rest = jax.eval_shape(start, key, None)
         jax.eval_shape(program.step, state, rest, batch, *SCALARS)
-    state, rest = start(key)
+    state, rest = start(key, None if read is None else read(program.task, over))
     return program._replace(rest=rest), state
 
 
@@ -102,7 +105,7 @@ def abstract(
 ) -> tuple[Program, State]:
     """What `build` makes, of shapes and shardings instead of arrays."""
     start, program = compiled(task, config, parts, over, how)
-    state, rest = jax.eval_shape(start, jax.random.key(0))
+    state, rest = jax.eval_shape(start, jax.random.key(0), None)
 
     def placed(x, where):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -113,16 +116,19 @@ def abstract(
 def compiled(
     task: Task, config: OptimizerConfig, parts: int, over: Mesh, how: Schedule
 ) -> tuple[Callable[..., Any], Program]:
-    """start(key) -> (state, rest), and the program without its `rest`; compiled when called."""
+    """start(key, params) -> (state, rest), and the program without `rest`; compiled when called.
+
+    Parameters that are given take the place of those drawn, which are then never made.
+    """
     how.check(dict(over.shape))
     task = task.on(over, how)
     graphdef, shapes, params = blueprint(task, over)
     transform = adamw(config, task.decayed(shapes))
 
-    def first(key):
+    def first(key, params):
         model = task.build(nnx.Rngs(key))
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        params = nnx.to_pure_dict(params)
+        _, drawn, rest = nnx.split(model, nnx.Param, ...)
+        params = nnx.to_pure_dict(drawn) if params is None else params
         stream = split_rows(task.init_state(model), parts)
         state = {"params": params, "optimizer": transform.init(params), "stream": stream}
         return state | {"skipped": jnp.zeros((), jnp.int32)}, rest
@@ -143,7 +149,7 @@ def compiled(
         return metrics, stream
 
     everywhere, rows = mesh.sharding(over), mesh.sharding(over, mesh.ENDS, "seq")
-    blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0))
+    blank, _ = jax.eval_shape(on_mesh(first), jax.random.key(0), None)
     places = jax.tree.map(lambda _: everywhere, blank)
     places = like(places, blank["params"], lambda _: params)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blank["stream"])
@@ -156,7 +162,7 @@ def compiled(
         return like(state, blank["params"], task.by_layer)
 
     named = jax.jit(named, out_shardings=each)
-    start = jax.jit(on_mesh(first), out_shardings=(places, everywhere))
+    start = jax.jit(on_mesh(first), donate_argnums=1, out_shardings=(places, everywhere))
     step = on_mesh(make_step(task, graphdef, transform, parts, params))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
     score = jax.jit(on_mesh(score), out_shardings=(everywhere, None))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+BYTES = "bytes"  # in place of a path: a token is a byte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Bytes:
         return bytes(np.where(numbers < 256, numbers, never).astype(np.uint8)).decode(
             "utf-8", errors="replace"
         )
+
+    def json(self) -> str:
+        """The tokenizer.json of the same tokens, for other libraries."""
+        # a byte that is not a visible character of Latin-1 is written as one from 256 on (GPT-2)
+        visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        hidden = [byte for byte in range(256) if byte not in visible]
+        vocab = {chr(b if b in visible else 256 + hidden.index(b)): b for b in range(256)}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+        level |= {"use_regex": False}
+        body = {"version": "1.0", "pre_tokenizer": level, "decoder": level}
+        body |= {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []}
+        return json.dumps(body, ensure_ascii=False, indent=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +94,8 @@ class TokenizerJson:
 
 
 def load(path: str | None) -> Bytes | TokenizerJson:
-    """The byte tokeniser for None, else the tokenizer.json at `path`, read and checked now."""
-    if path is None:
+    """The byte tokeniser for None or BYTES, else the tokenizer.json at `path`, read and checked."""
+    if path in (None, BYTES):
         return Bytes()
     tokenizer = TokenizerJson(path)
     if tokenizer.vocab < 1:

@@ -1,5 +1,7 @@
 """Train a task: `python experiments/train.py --help`, or `python -m scanax.experiments.train`.
 
+With --from DIR it begins with the weights of a published checkpoint, or of another run.
+
 In the run's folder: config.json, one folder a checkpoint, metrics.jsonl, tensorboard, loss.png.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, flags, hosts, metrics, plot
+from scanax.experiments import checkpoint, flags, hosts, loading, metrics, plot
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.saving import SaveError, Saver
@@ -125,7 +127,9 @@ def prepare(config: TrainConfig) -> Run:
     optimizer, parts = config.optimizer, config.accumulate
     batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
     how = config.schedule
-    program, state = build(task, optimizer, config.seed, parts, over, how, batch)
+    begun = config.resume and checkpoint.steps(folder)
+    read = loading.find(config.source).read if config.source and not begun else None
+    program, state = build(task, optimizer, config.seed, parts, over, how, batch, read)
     run = Run(config, program, state)
     if config.resume:
         restore(run)

@@ -12,7 +12,7 @@ from .gla import GLA, GLAConfig
 from .lightning import Lightning, LightningConfig
 from .mamba import Mamba, MambaConfig
 from .mamba2 import Mamba2, Mamba2Config
-from .mlp import GELU, GLU, MLPConfig, SwiGLU
+from .mlp import GELU, GLU, GeGLU, MLPConfig, SwiGLU
 from .moe import MoE, MoEConfig
 from .norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from .retention import Retention, RetentionConfig
@@ -28,6 +28,7 @@ __all__ = [
     "AttentionConfig",
     "Constant",
     "GLAConfig",
+    "GeGLU",
     "LayerNorm",
     "Lightning",
     "LightningConfig",

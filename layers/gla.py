@@ -14,7 +14,7 @@ from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
-from .norm import RMSNorm
+from .norm import RMSNorm, SimpleRMSNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ class GLAConfig:
     """Lower bound of the log decay, in nats per token; None is no bound."""
     conv: int = 0
     """Taps of the short convolutions on queries, keys and values; 0 is none."""
+    norm_scale: bool = True
+    """Whether the norm of each head's output has a weight."""
     norm_eps: float = 1e-6
     """Epsilon of the norm of each head's output."""
     init_std: float | None = 0.02
@@ -88,7 +90,9 @@ class GLA(nnx.Module):
             kernel_init=small,
         )
         self.gate = linear(width, values, kernel_init=plain)
-        self.norm = RMSNorm(self.value, config.norm_eps, dtype=exact, **kinds)
+        self.norm = SimpleRMSNorm(config.norm_eps, dtype=exact)
+        if config.norm_scale:
+            self.norm = RMSNorm(self.value, config.norm_eps, dtype=exact, **kinds)
         self.out = linear(values, width, kernel_init=plain)
         self.conv = nnx.Dict()
         for name in "qkv" if config.conv else "":

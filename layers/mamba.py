@@ -24,8 +24,8 @@ State = dict[str, Array]
 class MambaConfig:
     """Mamba (arXiv:2312.00752)."""
 
-    expand: int = 2
-    """Inner width as a multiple of the model's width."""
+    expand: int | float = 2
+    """Inner width as a multiple of the model's width, which need not be whole."""
     state: int = 16
     """Numbers of state per inner channel (N)."""
     conv: int = 4
@@ -67,7 +67,7 @@ class Mamba(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.dtype = config, dtype
-        inner, size = config.expand * width, config.state
+        inner, size = inner_width(config, width), config.state
         rank = config.dt_rank or math.ceil(width / 16)
         kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
@@ -119,6 +119,14 @@ class Mamba(nnx.Module):
         exact = jnp.promote_types(jnp.float32, self.dtype)
         h = jnp.zeros((batch, *self.A_log.shape), exact)
         return {"conv": self.conv.init_window(batch, dtype), "S": h}
+
+
+def inner_width(config, width: int) -> int:
+    """expand x width, in features. ValueError if it is not a whole number from 1 up."""
+    inner = round(config.expand * width)
+    if inner < 1 or abs(inner - config.expand * width) > 1e-6 * inner:
+        raise ValueError(f"expand={config.expand} x {width=} is not a whole number of features")
+    return inner
 
 
 def dt_bias(config, size: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> Float[Array, "size"]:

@@ -14,7 +14,7 @@ from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
-from .mamba import dt_bias
+from .mamba import dt_bias, inner_width
 from .norm import rms_norm
 
 State = dict[str, Array]
@@ -24,8 +24,8 @@ State = dict[str, Array]
 class Mamba2Config:
     """Mamba-2 (arXiv:2405.21060)."""
 
-    expand: int = 2
-    """Inner width as a multiple of the model's width."""
+    expand: int | float = 2
+    """Inner width as a multiple of the model's width, which need not be whole."""
     head_width: int = 64
     """Features of one head; the number of heads is the inner width over it."""
     groups: int = 1
@@ -70,7 +70,7 @@ class Mamba2(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        inner, size = config.expand * width, config.groups * config.state
+        inner, size = inner_width(config, width), config.groups * config.state
         heads, rest = divmod(inner, config.head_width)
         if rest or heads % config.groups:
             raise ValueError(

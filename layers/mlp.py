@@ -25,7 +25,7 @@ class MLPConfig:
     bias: bool = False
     """Whether the projections have biases."""
     tanh: bool = False
-    """Whether GELU is its tanh approximation (GPT-2) rather than exact."""
+    """Whether GELU is its tanh approximation (GPT-2, Gemma) rather than exact."""
     init_std: float | None = 0.02
     """Initial standard deviation of the kernels; None draws from +-1/sqrt(fan in) uniformly."""
     scale_residual: bool = False
@@ -55,6 +55,7 @@ class GLU(nnx.Module):
         make = _projections(config, depth, dtype, param_dtype, rngs)
         self.gate, self.up = make(width, hidden), make(width, hidden)
         self.down = make(hidden, width, last=True)
+        self.tanh = config.tanh
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         _, gate, up = columns(x, self.gate, self.up)
@@ -69,6 +70,13 @@ class SwiGLU(GLU):
 
     def activation(self, x: Array) -> Array:
         return jax.nn.silu(x)
+
+
+class GeGLU(GLU):
+    """down(gelu(gate(x)) * up(x))  (arXiv:2002.05202)."""
+
+    def activation(self, x: Array) -> Array:
+        return jax.nn.gelu(x, approximate=self.tanh)
 
 
 class GELU(nnx.Module):

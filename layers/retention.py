@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
+from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
 from .norm import RMSNorm, SimpleRMSNorm
@@ -41,6 +42,8 @@ class RetentionConfig:
     """Whether the rotary exponents are spaced to include 1, rather than 2i/K."""
     scale_keys: bool = False
     """Whether keys rather than queries are scaled by K^-0.5."""
+    conv: int = 0
+    """Taps of the short convolutions on queries, keys and values; 0 is none."""
     norm_scale: bool = True
     """Whether the norm of each head's output has a weight."""
     norm_eps: float = 1e-6
@@ -53,8 +56,9 @@ class RetentionConfig:
 class Retention(nnx.Module):
     """y = out(norm(S_t^T q_t K^-0.5) * silu(gate(x))), S_t = (1 - 2^(-5-h)) S_{t-1} + k_t v_t^T.
 
-    Queries and keys are turned by their position  (arXiv:2307.08621). The sums are not rescaled
-    before the norm, so that all forms agree to rounding.
+    Queries and keys, after a convolution and silu if there is one, are turned by their position
+    (arXiv:2307.08621). The sums are not rescaled before the norm, so that all forms agree to
+    rounding.
     """
 
     def __init__(
@@ -82,13 +86,8 @@ class Retention(nnx.Module):
         large = nnx.initializers.variance_scaling(2**-2, "fan_avg", "uniform")
         if config.init_std is not None:
             small = large = nnx.initializers.normal(config.init_std)
-        linear = partial(
-            Linear,
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        kinds = {"param_dtype": param_dtype, "rngs": rngs}
+        linear = partial(Linear, use_bias=False, dtype=dtype, **kinds)
         self.q = linear(width, keys, kernel_init=small)
         self.k = linear(width, self.groups * self.key, kernel_init=small)
         self.v = linear(width, self.groups * self.value, kernel_init=small)
@@ -96,7 +95,11 @@ class Retention(nnx.Module):
         self.out = linear(values, width, kernel_init=large)
         self.norm = SimpleRMSNorm(config.norm_eps, dtype=exact)
         if config.norm_scale:
-            self.norm = RMSNorm(self.value, config.norm_eps, dtype=exact, param_dtype=param_dtype)
+            self.norm = RMSNorm(self.value, config.norm_eps, dtype=exact, **kinds)
+        self.conv = nnx.Dict()
+        for name in "qkv" if config.conv else "":
+            channels = getattr(self, name).out_features
+            self.conv[name] = ShortConv(channels, config.conv, bias=False, dtype=dtype, **kinds)
         exponents = np.linspace(0, 1, self.key // 2, endpoint=config.inclusive)
         self.log_decay = Constant(jnp.asarray(decay.retention(self.heads), exact))
         self.frequencies = Constant(jnp.asarray(config.rotary_base**-exponents, exact))
@@ -107,27 +110,30 @@ class Retention(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        batch, time, _ = x.shape
-        start = jnp.zeros((batch,), jnp.int32) if state is None else state["position"]
-        index, position = positions(time, start, reset)
+        before, after = state or {"position": jnp.zeros(x.shape[0], jnp.int32)}, {}
+        index, after["position"] = positions(x.shape[1], before["position"], reset)
         angle = rotary_angles(index, self.frequencies[...])
         rotate = rotate_interleaved if self.config.interleaved else rotate_half
-        _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
-        q, k = (rearrange(y, "b t (h k) -> b t h k", k=self.key) for y in (q, k))
-        v = rearrange(v, "b t (h v) -> b t h v", v=self.value)
+        _, *qkv, gate = columns(x, self.q, self.k, self.v, self.gate)
+        qkv = dict(zip("qkv", qkv, strict=True))
+        for name, conv in self.conv.items():
+            y, after[f"conv_{name}"] = conv(qkv[name], before.get(f"conv_{name}"), reset)
+            qkv[name] = jax.nn.silu(y)
+        q, k = (rearrange(qkv[name], "b t (h k) -> b t h k", k=self.key) for name in "qk")
+        v = rearrange(qkv["v"], "b t (h v) -> b t h v", v=self.value)
         q, k = rotate(q, angle), rotate(k, angle)
         if self.config.scale_keys:
             k = k * self.key**-0.5
         else:
             q = q * self.key**-0.5
-        y, S = linear_attention(
-            q, k, v, self.log_decay[...], state=None if state is None else state["S"], reset=reset
+        y, after["S"] = linear_attention(
+            q, k, v, self.log_decay[...], state=before.get("S"), reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        y = rows(self.out, y * jax.nn.silu(gate.astype(self.exact)))
-        return y, {"S": S, "position": position}
+        return rows(self.out, y * jax.nn.silu(gate.astype(self.exact))), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""
         S = jnp.zeros((batch, self.heads, self.key, self.value), self.exact)
-        return {"S": S, "position": jnp.zeros((batch,), jnp.int32)}
+        windows = {f"conv_{n}": conv.init_window(batch, dtype) for n, conv in self.conv.items()}
+        return {"S": S, "position": jnp.zeros((batch,), jnp.int32)} | windows

@@ -1,6 +1,6 @@
 """Whole networks, each from one frozen dataclass."""
 
-from .config import LMConfig
+from .config import LMConfig, ResidualConfig
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS
@@ -9,6 +9,7 @@ __all__ = [
     "LM",
     "PRESETS",
     "LMConfig",
+    "ResidualConfig",
     "by_layer",
     "decayed",
     "from_layers",

@@ -15,7 +15,7 @@ from ..layers.gla import GLA
 from ..layers.lightning import Lightning
 from ..layers.mamba import Mamba
 from ..layers.mamba2 import Mamba2
-from ..layers.mlp import GELU, GLU, SwiGLU
+from ..layers.mlp import GELU, GLU, GeGLU, SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
@@ -32,12 +32,18 @@ MIXERS = {
     "aaren": Aaren,
     "attention": Attention,
 }
-MLPS = {"swiglu": SwiGLU, "gelu": GELU, "glu": GLU}
+MLPS = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GELU, "glu": GLU}
 
 
-def norm(config: LMConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """A norm over the residual stream, of the kind that the config names."""
-    dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+def stream_dtype(config: LMConfig) -> jnp.dtype:
+    """The dtype of the residual stream."""
+    dtype = jnp.dtype(config.dtype)
+    return jnp.promote_types(jnp.float32, dtype) if config.residual_float32 else dtype
+
+
+def norm(config: LMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm over the residual stream, of the kind that the config names, returned in `dtype`."""
+    param_dtype = jnp.dtype(config.param_dtype)
     if config.norm == "simple":
         return SimpleRMSNorm(config.norm_eps, dtype=dtype)
     kind = RMSNorm if config.norm == "rms" else LayerNorm
@@ -45,22 +51,31 @@ def norm(config: LMConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class Block(nnx.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)). Without an MLP the second half is left out."""
+    """x += mixer(norm(x)); x += mlp(norm(x)). Without an MLP the second half is left out.
+
+    `config.residual` weighs these sums, and has them start from norm(x).
+    """
 
     def __init__(self, config: LMConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
         kinds = parse(config.pattern, config.depth)
+        self.dtype = jnp.dtype(config.dtype)
         options = {
             "depth": Depth(layer, config.depth, len(kinds) + sum(k.mlp != "none" for k in kinds)),
-            "dtype": jnp.dtype(config.dtype),
+            "dtype": self.dtype,
             "param_dtype": jnp.dtype(config.param_dtype),
             "rngs": rngs,
         }
-        self.mixer_norm = norm(config, rngs)
+        self.normed = config.residual.normed
+        softmax = kind.mixer == "attention"
+        self.mixer_factors = config.residual.attention if softmax else config.residual.linear
+        self.mlp_factors = config.residual.mlp
+        kept = stream_dtype(config) if self.normed else self.dtype
+        self.mixer_norm = norm(config, kept, rngs)
         mixer = MIXERS[kind.mixer]
         self.mixer = mixer(config.width, getattr(config, kind.mixer), **options)
         self.mlp = nnx.data(None)
         if kind.mlp != "none":
-            self.mlp_norm = norm(config, rngs)
+            self.mlp_norm = norm(config, kept, rngs)
         if kind.mlp == "moe":
             self.mlp = MoE(config.width, config.moe, config.mlp, **options)
         elif kind.mlp != "none":
@@ -74,14 +89,26 @@ class Block(nnx.Module):
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Array]]:
         """The stream after this block in its own dtype, the mixer's state, and auxiliary values."""
-        y, state = self.mixer(self.mixer_norm(x), state, reset)
-        x, aux = x + y.astype(x.dtype), {}
+        h = self.mixer_norm(x)
+        y, state = self.mixer(h.astype(self.dtype), state, reset)
+        x, aux = self._sum(x, h, y, self.mixer_factors), {}
+        if self.mlp is None:
+            return x, state, aux
+        h = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            y, aux = self.mlp(self.mlp_norm(x), key)
-            x = x + y.astype(x.dtype)
-        elif self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
-        return x, state, aux
+            y, aux = self.mlp(h.astype(self.dtype), key)
+        else:
+            y = self.mlp(h.astype(self.dtype))
+        return self._sum(x, h, y, self.mlp_factors), state, aux
+
+    def _sum(self, x: Array, h: Array, y: Array, factors: tuple[float, float]) -> Array:
+        """alpha x + beta y in the dtype of x; h = norm(x) stands for x in a normed stream."""
+        terms = (h if self.normed else x).astype(x.dtype), y.astype(x.dtype)
+        kept, added = (
+            term if factor == 1 else factor * term
+            for factor, term in zip(factors, terms, strict=True)
+        )
+        return kept + added
 
 
 class Run(NamedTuple):

@@ -20,6 +20,21 @@ from .pattern import parse
 
 
 @dataclasses.dataclass(frozen=True)
+class ResidualConfig:
+    """How a block adds what its mixer and its MLP return: x = alpha r + beta f(norm(x)), r = x. The
+    factors are written alpha, beta. MiniMax-01 (arXiv:2501.08313) sets normed."""
+
+    normed: bool = False
+    """Whether r is norm(x) rather than x, so that the stream itself is normed."""
+    linear: tuple[float, float] = (1.0, 1.0)
+    """The factors of every mixer but softmax attention."""
+    attention: tuple[float, float] = (1.0, 1.0)
+    """The factors of softmax attention."""
+    mlp: tuple[float, float] = (1.0, 1.0)
+    """The factors of MLPs and of mixtures of experts."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LMConfig:
     """Everything that shapes a language model; its fields are the command line's model flags."""
 
@@ -33,7 +48,7 @@ class LMConfig:
     """Number of blocks."""
     pattern: str = "gla+swiglu"
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, gelu, glu, moe, none."""
+    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and before the head: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
@@ -47,6 +62,8 @@ class LMConfig:
     """Standard deviation of the embedding's, and an untied head's, initial weights."""
     residual_float32: bool = True
     """Whether the residual stream is float32 whatever the compute dtype."""
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    """What a block adds to the residual stream."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype; decays, norms' statistics, states, logits and the loss stay float32."""
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -96,6 +113,13 @@ class LMConfig:
                 "moe.router.kind=expert-choice lets a later token take an earlier one's expert; a "
                 "language model needs a router that looks at one token, such as softmax"
             )
+        used = {"attention" if kind.mixer == "attention" else "linear" for kind in kinds}
+        used |= {"mlp" for kind in kinds if kind.mlp != "none"}
+        for name in {"linear", "attention", "mlp"} - used:
+            if (factors := getattr(self.residual, name)) != (1.0, 1.0):
+                raise ValueError(
+                    f"residual.{name}={factors}, but pattern {self.pattern!r} has no such part"
+                )
 
 
 MAY_BE_ZERO = (
@@ -103,11 +127,13 @@ MAY_BE_ZERO = (
     "lrpe_layers",
     "shared",
 )  # of the mixers' whole numbers; the others are sizes
+MAY_BE_INFINITE = ("mamba2.dt_limit",)
 
 
 def _check_numbers(name: str, value: object) -> None:
     """Sizes are at least 1 and numbers finite, in the groups of flags too."""
-    if isinstance(value, float) and not math.isfinite(value):
+    numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+    if not all(map(math.isfinite, numbers)) and name not in MAY_BE_INFINITE:
         raise ValueError(f"{name}={value}; it must be finite")
     if not dataclasses.is_dataclass(value):
         return

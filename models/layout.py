@@ -1,6 +1,7 @@
 """A model as plain pytrees: for the training step, for checkpoints, for the optimizer."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,7 +118,8 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def put(tree: dict[str, Any], path: list[Any], leaf: Any) -> None:
+def put(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:
+    """Set the leaf at a path of keys, making the dicts on the way."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = leaf

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..layers.linear import Linear, flat_dot_general
 from ..sharding import matmul, mesh, pipeline, schedule, vocabulary
-from .block import abstract, norm, runs, stack
+from .block import abstract, norm, runs, stack, stream_dtype
 from .config import LMConfig
 
 POLICIES = {
@@ -40,7 +40,7 @@ class LM(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (rows, config.width), dtype))
         key = rngs.params()
         self.blocks = nnx.List([stack(config, run, key) for run in runs(config)])
-        self.norm = norm(config, rngs)
+        self.norm = norm(config, jnp.dtype(config.dtype), rngs)
         self.head = nnx.data(None)
         if not config.tie_head:
             self.head = Linear(
@@ -108,8 +108,7 @@ class LM(nnx.Module):
                 "state is of a call without one, where attention keeps no cache; "
                 "begin with init_state"
             )
-        dtype = jnp.dtype(config.dtype)
-        stream = jnp.promote_types(jnp.float32, dtype) if config.residual_float32 else dtype
+        stream = stream_dtype(config)
         known = jnp.where(tokens < config.vocab, tokens, -1)  # others read nan
         x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:

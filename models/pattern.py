@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
-MLPS = ("swiglu", "gelu", "glu", "moe", "none")
+MLPS = ("swiglu", "geglu", "gelu", "glu", "moe", "none")
 
 
 class Kind(NamedTuple):

@@ -24,7 +24,7 @@ from ...sharding.schedule import PLAIN, Schedule
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
 from ..sampling import Choice, Generator
-from ..tokenizer import Bytes
+from ..tokenizer import BYTES, Bytes
 from . import Batch, Metrics, Score
 
 
@@ -141,13 +141,13 @@ class LMTask:
         return {"bits_per_byte": loss / math.log(2) / per_token} if per_token else {}
 
     def files(self) -> dict[str, str]:
-        if self.data.tokenizer is None:
+        if self.data.tokenizer in (None, BYTES):
             return {}
         return {"tokenizer.json": Path(self.data.tokenizer).read_text("utf-8")}
 
     def beside(self, folder: Path) -> "LMTask":
         copy = folder / "tokenizer.json"
-        if self.data.tokenizer is None or not copy.is_file():
+        if self.data.tokenizer in (None, BYTES) or not copy.is_file():
             return self
         data = dataclasses.replace(self.data, tokenizer=str(copy))
         return dataclasses.replace(self, data=data)

@@ -2,7 +2,8 @@
 
 A family is a file here with `read` (their options to our config), `write` (the way back), `pieces`
 (which numbers of their tensors are which of ours) and `BUFFERS` (what they store besides, which
-nobody needs). `FAMILIES` has it under what config.json calls its kind of model.
+nobody needs); with `buffers` where their loader wants them all the same, and `HEAD` where that has
+a name of its own. `FAMILIES` has it under what config.json calls its kind of model.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from ..block import runs
 from ..config import LMConfig
 from ..layout import by_layer, put, shapes, split
 from ..lm import LM
-from . import llama, options
+from . import fla, jamba, llama, mamba, mamba2, minimax, options, torchscale, transnormer
 from .compare import difference
 from .options import Options
 from .pieces import by_name, their_shapes, to_ours, to_theirs
@@ -42,6 +43,15 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": llama,
     "mixtral": llama,
     "qwen2_moe": llama,
+    "mamba": mamba,
+    "falcon_mamba": mamba,
+    "mamba2": mamba2,
+    "jamba": jamba,
+    "minimax": minimax,
+    "gla": fla,
+    "retnet": fla,
+    "torchscale": torchscale,
+    "transnormer": transnormer,
 }
 DTYPES = ("float32", "bfloat16")
 KEPT = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
@@ -91,7 +101,8 @@ class Pretrained:
             options.same(values, self.weights.options)
             config = _config(self.kind, values, self.weights.numbers, len(self.weights.shapes))
             self.config = dataclasses.replace(config, dtype=kept, param_dtype=kept)
-            self.pieces = list(self.family.pieces(self.config, self.kind))
+            pieces = self.family.pieces(self.config, self.kind)
+            self.pieces = [piece.among(self.weights.shapes) for piece in pieces]
             self._check()
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
@@ -143,9 +154,10 @@ class Pretrained:
         if missing := [name for name in names if name not in have]:
             raise ValueError(f"missing tensors: {shown(missing)}")
         more = [n for n in have if n not in names and not re.fullmatch(self.family.BUFFERS, n)]
-        tied = self.config.tie_head and "lm_head.weight" in more
+        head = getattr(self.family, "HEAD", "lm_head.weight")
+        tied = self.config.tie_head and head in more
         if tied:
-            more.remove("lm_head.weight")
+            more.remove(head)
         if more:
             raise ValueError(f"tensors left over: {shown(more)}")
         wanted = their_shapes(self.pieces, shapes(self.config))
@@ -157,8 +169,8 @@ class Pretrained:
             )
         if tied:
             name = next(piece.theirs for piece in self.pieces if piece.ours == "embedding")
-            if not np.array_equal(self.weights.read(name), self.weights.read("lm_head.weight")):
-                raise ValueError(f"tie_word_embeddings is true, but lm_head.weight is not {name}")
+            if not np.array_equal(self.weights.read(name), self.weights.read(head)):
+                raise ValueError(f"config.json says that {head} is {name}, but it is not")
 
 
 def save_pretrained(
@@ -191,15 +203,22 @@ def save_pretrained(
     def ours(name):
         return flat[name].get()[tuple(slice(n) for n in known[name])]
 
-    pieces = by_name(FAMILIES[kind].pieces(model.config, kind), "theirs")
+    family = FAMILIES[kind]
+    pieces = by_name(family.pieces(model.config, kind), "theirs")
     wanted = their_shapes([piece for each in pieces.values() for piece in each], known)
+    buffers = family.buffers(model.config) if hasattr(family, "buffers") else {}
+
+    def theirs(name):
+        return buffers[name] if name in buffers else to_theirs(pieces[name], wanted[name], ours)
+
     new = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         item = jnp.dtype(model.config.param_dtype).itemsize
         sizes = {name: item * math.prod(shape) for name, shape in wanted.items()}
-        write(new, sizes, lambda n: to_theirs(pieces[n], wanted[n], ours), most, values)
+        sizes |= {name: x.nbytes for name, x in buffers.items()}
+        write(new, sizes, theirs, most, values)
         for pattern in KEPT if like else ():
             for path in filter(Path.is_file, like.glob(pattern)):
                 shutil.copy(path, new)
@@ -256,7 +275,7 @@ def _written(
     for kind in FAMILIES if family is None else [family]:
         try:
             named = {"model_type": kind, "dtype": config.param_dtype}
-            values = kept | FAMILIES[kind].write(config, kind) | named
+            values = kept | named | FAMILIES[kind].write(config, kind)
             reason = difference(config, _config(kind, values))
         except ValueError as error:
             reason = str(error)

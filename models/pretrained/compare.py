@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ...layers.mamba import inner_width
 from ..config import LMConfig
 from ..pattern import parse
 
@@ -64,10 +65,16 @@ def _resolved(config: LMConfig, found: dict[str, Any]) -> dict[str, Any]:
         "moe.hidden": moe.hidden or hidden,
         "moe.router.top": moe.router.choices,
         "mamba.dt_rank": config.mamba.dt_rank or -(-width // 16),
+        "mamba.norm_eps": config.mamba.norm_eps if config.mamba.norm != "none" else None,
     }
+    for name in ("mamba", "mamba2"):
+        values[f"{name}.expand"] = inner_width(getattr(config, name), width)
     for name in ("attention", "gla", "retention", "lightning", "aaren"):
         group = getattr(config, name)
         heads = group.heads
         values[f"{name}.kv_heads"] = getattr(group, "kv_heads", None) or heads
         values[f"{name}.head_width"] = getattr(group, "head_width", None) or width // heads
+    for name in ("gla", "retention"):
+        for part in ("key_ratio", "value_ratio"):
+            values[f"{name}.{part}"] = round(width * getattr(getattr(config, name), part)) / width
     return {name: value for name, value in values.items() if name in found}

@@ -54,12 +54,12 @@ def read(o: Options) -> LMConfig:
     )
 
 
-def rope_base(o: Options) -> float:
+def rope_base(o: Options, default: float = 10000.0) -> float:
     """The base of plain rotary positions, which older files keep elsewhere."""
     rope = o.mapping("rope_parameters", None)
     rope.expect("rope_parameters.rope_type", "default")
     rope.expect("rope_parameters.partial_rotary_factor", 1.0)
-    older = o.number("rope_theta", 10000.0, least=1.0)
+    older = o.number("rope_theta", default, least=1.0)
     base = rope.number("rope_parameters.rope_theta", older, least=1.0)
     rope.done()
     o.expect("rope_scaling")
@@ -146,7 +146,7 @@ def write(config: LMConfig, kind: str) -> dict[str, Any]:
             "norm_topk_prob": moe.router.renormalize,
             "mlp_only_layers": [i for i, mlp in enumerate(blocks) if mlp != "moe"],
             "qkv_bias": attention.bias,
-            **_balance(moe.router),
+            **balance(moe.router),
         }
     return values
 
@@ -162,10 +162,10 @@ ARCHITECTURES = {
 def mixtral_options(moe: MoEConfig) -> dict[str, Any]:
     router = moe.router
     options = {"num_local_experts": moe.experts, "num_experts_per_tok": router.choices}
-    return options | _balance(router)
+    return options | balance(router)
 
 
-def _balance(router: RouterConfig) -> dict[str, Any]:
+def balance(router: RouterConfig) -> dict[str, Any]:
     coefficient = (0.01 if router.balance is None else router.balance) / router.choices
     return {"router_aux_loss_coef": coefficient, "output_router_logits": coefficient > 0}
 
@@ -187,10 +187,12 @@ def pieces(config: LMConfig, kind: str) -> Iterator[Piece]:
             yield from kernels(f"{at}mlp.", f"{to}mlp.", {"shared_expert_gate": "shared_gate"})
 
 
-def ends(config: LMConfig, embedding: str = "model.embed_tokens") -> Iterator[Piece]:
+def ends(
+    config: LMConfig, embedding: str = "model.embed_tokens", norm: str = "model.norm"
+) -> Iterator[Piece]:
     """The embedding, the last norm, and the head where it is not the embedding."""
     yield Piece(f"{embedding}.weight", "embedding")
-    yield Piece("model.norm.weight", "norm.scale")
+    yield Piece(f"{norm}.weight", "norm.scale")
     if not config.tie_head:
         yield Piece("lm_head.weight", "head.kernel", "T")
 

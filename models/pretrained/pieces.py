@@ -1,6 +1,6 @@
 """Which numbers of a stored tensor are which of ours. One list of pieces serves both directions."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,13 @@ class Piece(NamedTuple):
     """A slice of their first axis, or an array of its indices."""
     at: slice = ALL
     """A slice of our first axis."""
+    other: str = ""
+    """Another name that the tensor goes by in some files."""
+
+    def among(self, names: Container[str]) -> "Piece":
+        """This piece by the name of its tensor in these files."""
+        known = self.theirs in names or self.other not in names
+        return self if known else self._replace(theirs=self.other)
 
 
 FORMS: dict[str, tuple[Callable, Callable]] = {  # from theirs to ours, and back

@@ -23,10 +23,23 @@ MIXERS = {
     "gla": (GLA, GLAConfig(heads=2, norm_eps=1.0), 0),
     "gla, all options": (
         GLA,
-        GLAConfig(heads=4, kv_heads=2, conv=3, decay_min=-0.04, value_ratio=0.5, norm_eps=1.0),
+        GLAConfig(
+            heads=4,
+            kv_heads=2,
+            conv=3,
+            decay_min=-0.04,
+            value_ratio=0.5,
+            norm_scale=False,
+            norm_eps=1.0,
+        ),
         1,
     ),
     "retention": (Retention, RetentionConfig(heads=4, kv_heads=2, norm_eps=1.0), 0),
+    "retention, convolved": (
+        Retention,
+        RetentionConfig(heads=4, kv_heads=2, conv=3, norm_eps=1.0),
+        1,
+    ),
     "retention, torchscale": (
         Retention,
         RetentionConfig(
@@ -82,32 +95,34 @@ def normed(x):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1)
 
 
+def projected(p, config, x):
+    """q, k and v of every head, convolved where the config says so."""
+    heads, groups = config.heads, config.kv_heads or config.heads
+    for name, n in (("q", heads), ("k", groups), ("v", groups)):
+        y = x @ p[name]["kernel"]
+        if config.conv:
+            taps = p["conv"][name]["kernel"]
+            past = np.concatenate([np.zeros((len(taps) - 1, y.shape[1])), y])
+            y = silu(sum(w * past[j : j + len(x)] for j, w in enumerate(taps)))
+        yield by_head(y, heads, n)
+
+
 def gla(p, config, layer, x):
     """One document x (T, D)."""
     heads, groups = config.heads, config.kv_heads or config.heads
-    qkv = [x @ p[name]["kernel"] for name in "qkv"]
-    if config.conv:
-        for i, name in enumerate("qkv"):
-            taps = p["conv"][name]["kernel"]
-            past = np.concatenate([np.zeros((len(taps) - 1, qkv[i].shape[1])), qkv[i]])
-            qkv[i] = silu(sum(w * past[j : j + len(x)] for j, w in enumerate(taps)))
-    q, k, v = (by_head(y, heads, n) for y, n in zip(qkv, (heads, groups, groups), strict=True))
+    q, k, v = projected(p, config, x)
     gate = x @ p["decay_down"]["kernel"] @ p["decay_up"]["kernel"] + p["decay_up"]["bias"]
     log_decay = np.log(sigmoid(by_head(gate, heads, groups))) / 16
     if config.decay_min is not None:
         log_decay = np.maximum(log_decay, config.decay_min)
     y = recurrence(q / np.sqrt(q.shape[-1]), k, v, log_decay)
-    y = (normed(y) * p["norm"]["scale"]).reshape(len(x), -1)
-    return (y * silu(x @ p["gate"]["kernel"])) @ p["out"]["kernel"]
+    y = normed(y) * (p["norm"]["scale"] if config.norm_scale else 1)
+    return (y.reshape(len(x), -1) * silu(x @ p["gate"]["kernel"])) @ p["out"]["kernel"]
 
 
 def retention(p, config, layer, x):
     """The parallel form: (Q K^T * D) V, as the paper has it."""
-    heads, groups = config.heads, config.kv_heads or config.heads
-    q, k, v = (
-        by_head(x @ p[name]["kernel"], heads, n)
-        for name, n in (("q", heads), ("k", groups), ("v", groups))
-    )
+    heads, (q, k, v) = config.heads, projected(p, config, x)
     time, half = np.arange(len(x)), q.shape[-1] // 2
     exponents = np.linspace(0, 1, half) if config.inclusive else np.arange(half) / half
     turn = np.exp(1j * time[:, None, None] / 10000**exponents)

@@ -102,3 +102,13 @@ def test_sizes_that_do_not_fit_are_named():
         Mamba2(16, Mamba2Config(head_width=7), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="groups=3"):
         Mamba2(16, Mamba2Config(head_width=8, groups=3), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind, config", [(Mamba, MambaConfig), (Mamba2, Mamba2Config)])
+def test_the_inner_width_may_be_any_whole_number(kind, config):
+    sizes = {"head_width": 2} if kind is Mamba2 else {}
+    model = kind(12, config(expand=7 / 6, state=4, **sizes), rngs=nnx.Rngs(0))
+    assert model.x.kernel.shape == (12, 14) and model.out.kernel.shape == (14, 12)
+    for expand in (1.3, 0.0, -1.0):
+        with pytest.raises(ValueError, match=rf"expand={expand} x width=12 is not a whole number"):
+            kind(12, config(expand=expand), rngs=nnx.Rngs(0))

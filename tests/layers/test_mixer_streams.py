@@ -18,7 +18,7 @@ from support.compare import close
 WIDTH, BATCH, TIME, CAPACITY = 16, 4, 16, 16
 MIXERS = {
     "gla": (GLA, GLAConfig(heads=2, conv=3)),
-    "retention": (Retention, RetentionConfig(heads=2)),
+    "retention": (Retention, RetentionConfig(heads=2, conv=3)),
     "lightning": (Lightning, LightningConfig(heads=2, lrpe_layers=2)),
     "mamba": (Mamba, MambaConfig(state=4)),
     "jamba": (Mamba, MambaConfig(state=4, dt_rank=3, norm="weighted", bias=True)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.layers.depth import Depth
-from scanax.layers.mlp import GELU, GLU, MLPConfig, SwiGLU
+from scanax.layers.mlp import GELU, GLU, GeGLU, MLPConfig, SwiGLU
 from scanax.layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from support.compare import close
 
@@ -62,6 +62,9 @@ def test_mlps():
         config = MLPConfig(hidden=24, bias=True, tanh=tanh)
         mlp, p = moved(GELU(16, config, rngs=nnx.Rngs(0)))
         close(mlp(x), project(p, "down", activate(project(p, "up", exact))), 1e-5)
+        mlp, p = moved(GeGLU(16, config, rngs=nnx.Rngs(0)))
+        inner = activate(project(p, "gate", exact)) * project(p, "up", exact)
+        close(mlp(x), project(p, "down", inner), 1e-5)
 
 
 def test_hidden_widths_are_rounded_up():

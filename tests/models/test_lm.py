@@ -20,7 +20,7 @@ MIXED = LMConfig(
     vocab=50,
     width=16,
     depth=8,
-    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+swiglu",
+    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+geglu",
     mamba2=Mamba2Config(head_width=8, state=4),
     attention=AttentionConfig(heads=2, kv_heads=1),
 )

@@ -15,8 +15,9 @@ from scanax.layers.mamba import MambaConfig
 from scanax.layers.mamba2 import Mamba2Config
 from scanax.layers.mlp import MLPConfig
 from scanax.layers.moe import MoEConfig
+from scanax.layers.retention import RetentionConfig
 from scanax.layers.router import ROUTERS, RouterConfig
-from scanax.models import LM, LMConfig, merge, split
+from scanax.models import LM, LMConfig, ResidualConfig, merge, split
 from scanax.models.partition import shardings, specs, state_shardings
 from scanax.sharding import mesh, schedule
 from scanax.sharding.schedule import PLAIN, Schedule
@@ -28,18 +29,26 @@ ALL = LMConfig(
     vocab=48,
     width=32,
     depth=8,
-    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+swiglu",
+    pattern="gla+swiglu*2,retention+gelu,lightning+glu,mamba,mamba2,aaren,attention+geglu",
     gla=GLAConfig(conv=4),
+    retention=RetentionConfig(conv=3),
     mamba2=Mamba2Config(head_width=8, state=4),
     attention=AttentionConfig(heads=4, kv_heads=2),
     loss_chunk=40,
 )
 UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
+NORMED = dataclasses.replace(
+    ALL,
+    depth=2,
+    pattern="lightning+glu,attention+swiglu",
+    residual=ResidualConfig(normed=True, linear=(1.2, 0.9), attention=(1.3, 0.7), mlp=(1.1, 0.8)),
+)
 STATES = dataclasses.replace(ALL, depth=4, pattern="gla,mamba2+gelu,lightning+glu,aaren")
 CASES = {
     "all over time": (ALL, "seq=8", PLAIN),
     "all over three": (ALL, "data=2,seq=2,tensor=2", Schedule(states="scan")),
     "collective matmul": (ALL, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
+    "a normed stream": (NORMED, "fsdp=2,seq=2,tensor=2", Schedule(matmul="ring")),
     "rows": (UNTIED, "data=8", PLAIN),
     "fsdp": (ALL, "fsdp=8", PLAIN),
     "heads and time": (ALL, "tensor=4,seq=2", Schedule(attention="token-ring")),
@@ -95,11 +104,12 @@ def test_every_state_has_its_place():
     for kind, entry in zip(kinds, places, strict=True):
         named[kind] = {name: place.spec[1:] for name, place in entry.items()}
     heads, channels = ("tensor",), (None, "tensor")
-    assert named["gla"] == {"S": heads} | {f"conv_{n}": channels for n in "qkv"}
+    windows = {f"conv_{n}": channels for n in "qkv"}
+    assert named["gla"] == {"S": heads} | windows
     assert named["mamba2"]["B_conv"] == named["mamba"]["conv"] == channels
     assert named["aaren"] == {"m": heads, "u": heads, "w": heads}
     assert named["attention"]["k"] == named["attention"]["v"] == ("seq", None)
-    assert named["retention"] == {"S": heads, "position": ()}
+    assert named["retention"] == {"S": heads, "position": ()} | windows
     with pytest.raises(ValueError, match=r"no rule says where .* other lies"):
         state_shardings(({"other": state[0]["S"]},), mesh.make())
 

@@ -1,90 +1,59 @@
-"""A language model of another code base beside ours: same weights, then every number it stored.
+"""A stored language model of another code base: loaded as published, then every number it stored.
 
 A case is a folder with config.json, model.safetensors, inputs, expected, grads and states (npz),
-recorded in float32. `translate` maps a dict of its weights to our names by layer; it only splits,
-transposes and renames, so it maps their gradients as well.
+recorded in float32.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from safetensors.numpy import load_file
+import pytest
 from scanax.layers.router import losses
-from scanax.models import LM, LMConfig, by_layer, from_layers, merge, split
-from support.compare import close
+from scanax.models import merge, split
+from scanax.models.pretrained import Pretrained, UncheckedWarning, load_pretrained
+from scanax.models.pretrained.pieces import by_name, to_ours
 
 CASES = Path(__file__).parents[1] / "parity"
-PREFILL = 21
+PREFILL, PADDING = 21, 5
+Arrays = dict[str, np.ndarray]
 
 
-def config_of(name: str) -> dict:
-    return json.loads((CASES / name / "config.json").read_text())
+class Recorded(NamedTuple):
+    """How a case was recorded."""
 
-
-ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
-NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
-
-
-def decoder(theirs: dict, layers: int, linear: dict[str, str] | None = None) -> dict:
-    """What decoders of Llama's kind have in common by our names; `linear` has further kernels."""
-    ours = {
-        "embedding": theirs["model.embed_tokens.weight"],
-        "norm.scale": theirs["model.norm.weight"],
-        "head.kernel": theirs["lm_head.weight"].T,
-    }
-    names = {f"self_attn.{their}": f"mixer.{name}" for their, name in ATTENTION.items()}
-    for i in range(layers):
-        at, to = f"model.layers.{i}.", f"layers.{i}."
-        for their, name in (names | (linear or {})).items():
-            ours[f"{to}{name}.kernel"] = theirs[f"{at}{their}.weight"].T
-        for their, name in NORMS.items():
-            ours[f"{to}{name}.scale"] = theirs[f"{at}{their}.weight"]
-    return ours
-
-
-def cache_of(theirs: dict, ours: dict, count: int) -> list:
-    """Attention's keys and values beside those stored."""
-    pairs = (("k", "keys"), ("v", "values"))
-    return [(ours[k][:, :count], theirs[name].transpose(0, 2, 1, 3)) for k, name in pairs]
+    state_of: Callable[[Arrays, dict, int], list]
+    """Pairs a layer's arrays of our state with those stored, after so many tokens."""
+    on_disk: Callable[[Arrays], Arrays] = dict
+    """Gradients, stored by the names of the reference's memory, by those of its files."""
+    bar: float = 3e-6
+    """The largest error of values."""
+    padded_bar: float | None = None
+    """That of values after left padding, where it is another one."""
 
 
 class Case:
-    """Our model with the case's weights, its jitted calls, and the numbers to meet.
+    """Our model of a case, its jitted calls, and the numbers to meet."""
 
-    `state_of(stored, ours, tokens)` pairs a layer's arrays of our state with those stored. `bar` is
-    the largest error of values, `padded_bar` of those after left padding.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        config: LMConfig,
-        translate: Callable[[dict], dict],
-        state_of: Callable[[dict, dict, int], list],
-        bar: float = 3e-6,
-        padded_bar: float | None = None,
-    ):
-        self.state_of, self.bar, self.padded_bar = state_of, bar, padded_bar or bar
-        folder = CASES / name
-        self.expected, self.states = (
-            np.load(folder / "expected.npz"),
-            np.load(folder / "states.npz"),
-        )
+    def __init__(self, name: str, recorded: Recorded):
+        self.recorded, folder = recorded, CASES / name
         inputs = np.load(folder / "inputs.npz")
+        self.expected = dict(np.load(folder / "expected.npz"))
+        self.states = np.load(folder / "states.npz")
         self.tokens = jnp.asarray(inputs["input_ids"], jnp.int32)
         labels = jnp.asarray(inputs["labels"][:, 1:], jnp.int32)
-        self.config = config
-        graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
-        weights = translate(load_file(folder / "model.safetensors"))
-        shapes = {path: leaf.shape for path, leaf in by_layer(config, params).items()}
-        assert shapes == {path: leaf.shape for path, leaf in weights.items()}
-        self.params = from_layers(config, jax.tree.map(jnp.asarray, weights))
-        self.grads = translate(dict(np.load(folder / "grads.npz")))
+        with pytest.warns(UncheckedWarning):
+            model = load_pretrained(folder)
+        self.config = config = model.config
+        graphdef, self.params, rest = split(model)
+        theirs = recorded.on_disk(dict(np.load(folder / "grads.npz")))
+        pieces = by_name(Pretrained(folder).pieces, "ours")
+        self.grads = {
+            n: to_ours(each, lambda t, rows: theirs[t][rows]) for n, each in pieces.items()
+        }
 
         def loss(params):
             model = merge(graphdef, params, rest)
@@ -92,10 +61,9 @@ class Case:
             added, _ = losses(config.moe.router, aux)  # of all tokens, the last as well
             nll, _, _ = model.nll(self.tokens[:, :-1], jnp.maximum(labels, 0))
             mean = jnp.sum(nll * (labels >= 0)) / jnp.sum(labels >= 0)
-            return mean + added, model.logits(x)
+            return mean + added, (model.logits(x), added)
 
         self.loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        model = merge(graphdef, self.params, rest)
         self.empty = model.init_state(2, 48)
         step = jax.jit(
             lambda p, tokens, state, reset: merge(graphdef, p, rest)(tokens, state, reset)
@@ -112,49 +80,60 @@ class Case:
             outputs.append(logits)
         return jnp.concatenate(outputs, axis=1), after, state
 
+    def exact(self):
+        """The best logits that were recorded: those computed in float64, where there are any."""
+        return self.expected.get("logits_fp64", self.expected["logits"])
 
-class Laws:
-    """What every case has to meet; a file's class of tests inherits it beside a fixture `case`."""
 
-    def test_logits_loss_and_gradients(self, case):
-        (loss, logits), grads = case.loss(case.params)
-        close(loss, case.expected["loss"], 1e-6)
-        for name in ("logits", "logits_fp64"):
-            close(logits, case.expected[name], case.bar)
-        grads = by_layer(case.config, grads)
-        assert grads.keys() == case.grads.keys()
-        for name, grad in grads.items():
-            close({name: grad}, {name: case.grads[name]}, 1e-5)
+def cache(stored: Arrays, ours: dict, count: int) -> list:
+    """Attention's keys and values."""
+    pairs = (("k", "keys"), ("v", "values"))
+    return [(ours[k][:, :count], stored[name].transpose(0, 2, 1, 3)) for k, name in pairs]
 
-    def test_prefill_then_steps(self, case):
-        logits, after, final = case.stream(jnp.zeros(case.tokens.shape, bool))
-        close(logits, case.expected["logits_fp64"], case.bar)
-        for when, state, count in (("prefill", after, PREFILL), ("final", final, 37)):
-            stored = {
-                name.removeprefix(f"{when}."): case.states[name]
-                for name in case.states
-                if name.startswith(f"{when}.")
-            }
-            for layer, ours in enumerate(state):
-                prefix = f"l{layer}."
-                one = {n.removeprefix(prefix): a for n, a in stored.items() if n.startswith(prefix)}
-                for actual, desired in case.state_of(one, ours, count):
-                    close(actual, desired, case.bar)
 
-    def test_left_padding(self, case):
-        """Row 0 begins at its sixth token; row 1 has no padding."""
-        reset = jnp.zeros(case.tokens.shape, bool).at[0, 5].set(True).at[1, 0].set(True)
-        logits, _, _ = case.stream(reset)
-        expected = case.expected["logits_leftpad5_row0"]
-        close(logits[0, 5:], expected[0, 5:], case.padded_bar)
-        close(logits[1], expected[1], case.padded_bar)
+def recurrent(stored: Arrays, ours: dict, count: int) -> list:
+    """A state (B, H, K, V), the only one."""
+    (S,) = stored.values()
+    return [(ours["S"], S)]
 
-    def test_greedy(self, case):
-        expected = case.expected["greedy_cached"]
-        ids = jnp.asarray(expected[:, :PREFILL], jnp.int32)
-        new, state, reset = ids, case.empty, jnp.zeros(ids.shape, bool)
-        while ids.shape[1] < expected.shape[1]:
-            logits, state = case.step(new, state, reset)
-            new, reset = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), reset[:, :1]
-            ids = jnp.concatenate([ids, new], axis=1)
-        np.testing.assert_array_equal(ids, expected)
+
+def values_first(stored: Arrays, ours: dict, count: int) -> list:
+    """A state (B, H, V, K), the only one."""
+    (S,) = stored.values()
+    return [(ours["S"], S.swapaxes(2, 3))]
+
+
+def hybrid(stored: Arrays, ours: dict, count: int) -> list:
+    return (cache if "keys" in stored else recurrent)(stored, ours, count)
+
+
+def scanned(stored: Arrays, ours: dict, count: int) -> list:
+    """Mamba: of the last 4 inputs of its convolution that it keeps, the next token needs 3."""
+    window = stored["conv_states.0"].transpose(0, 2, 1)[:, 1:]
+    return [(ours["conv"], window), (ours["S"], stored["recurrent_states.0"])]
+
+
+def scanned2(stored: Arrays, ours: dict, count: int) -> list:
+    """Mamba-2: one convolution for x, B and C."""
+    window = stored["conv_states.0"].transpose(0, 2, 1)[:, 1:]
+    windows = np.concatenate([ours[f"{role}_conv"] for role in "xBC"], axis=2)
+    return [(windows, window), (ours["S"], stored["recurrent_states.0"].swapaxes(2, 3))]
+
+
+def unfused(theirs: Arrays) -> Arrays:
+    """Experts that lie in one array in memory, as the files have them: one by one."""
+    found = {}
+    for name, x in theirs.items():
+        at, _, rest = name.partition(".mlp.")
+        experts = f"{at}.block_sparse_moe.experts"
+        if rest == "gate.weight":
+            found[f"{at}.block_sparse_moe.gate.weight"] = x
+        elif rest == "experts.gate_up_proj":
+            for e, both in enumerate(x):
+                halves = zip(("w1", "w3"), np.split(both, 2), strict=True)
+                found |= {f"{experts}.{e}.{w}.weight": half for w, half in halves}
+        elif rest == "experts.down_proj":
+            found |= {f"{experts}.{e}.w2.weight": one for e, one in enumerate(x)}
+        else:
+            found[name] = x
+    return found

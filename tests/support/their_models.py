@@ -98,9 +98,112 @@ def qwen2_moe(rng: Generator) -> PretrainedConfig:
     )
 
 
+def mamba(rng: Generator) -> PretrainedConfig:
+    return transformers.MambaConfig(**selective(rng))
+
+
+def falcon_mamba(rng: Generator) -> PretrainedConfig:
+    eps = float(rng.choice([1e-6, 1e-3]))
+    return transformers.FalconMambaConfig(**selective(rng), mixer_rms_eps=eps)
+
+
+def selective(rng: Generator) -> dict:
+    """The options that Mamba and FalconMamba share: an inner width may contradict `expand`."""
+    own = {"intermediate_size": int(rng.integers(5, 60))} if flip(rng) else {}
+    return own | {
+        "vocab_size": int(rng.integers(40, 100)),
+        "hidden_size": int(rng.integers(5, 40)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "expand": int(rng.integers(1, 4)),
+        "state_size": int(rng.integers(2, 12)),
+        "conv_kernel": int(rng.integers(2, 6)),
+        "time_step_rank": int(rng.integers(1, 7)) if flip(rng) else "auto",
+        "use_bias": flip(rng),
+        "use_conv_bias": flip(rng),
+        "layer_norm_epsilon": float(rng.choice([1e-6, 1e-5, 1e-3])),
+        "residual_in_fp32": flip(rng),
+        "tie_word_embeddings": flip(rng),
+    }
+
+
+def mamba2(rng: Generator) -> PretrainedConfig:
+    expand, groups = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    heads, each = groups * int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    limit = [float(rng.uniform(0.05, 0.5)), float(rng.uniform(0.5, 2.0))]
+    return transformers.Mamba2Config(
+        vocab_size=int(rng.integers(40, 100)),
+        hidden_size=heads * each,
+        num_hidden_layers=int(rng.integers(1, 4)),
+        expand=expand,
+        num_heads=heads,
+        head_dim=each * expand,
+        n_groups=groups,
+        state_size=int(rng.integers(2, 12)),
+        conv_kernel=int(rng.integers(2, 6)),
+        chunk_size=int(rng.choice([4, 16, 32])),
+        time_step_limit=limit if flip(rng) else [0.0, float("inf")],
+        use_bias=flip(rng),
+        use_conv_bias=flip(rng),
+        layer_norm_epsilon=float(rng.choice([1e-6, 1e-5, 1e-3])),
+        residual_in_fp32=flip(rng),
+        tie_word_embeddings=flip(rng),
+    )
+
+
+def jamba(rng: Generator) -> PretrainedConfig:
+    options, experts = decoder(rng), int(rng.integers(1, 6))
+    for name in ("head_dim", "rope_parameters"):  # it knows neither
+        options.pop(name, None)
+    attention, sparse = int(rng.integers(2, 5)), int(rng.integers(1, 4))
+    options["num_hidden_layers"] = int(rng.integers(max(2, sparse), 6))
+    return transformers.JambaConfig(
+        **options,
+        attn_layer_period=attention,
+        attn_layer_offset=int(rng.integers(attention)),
+        expert_layer_period=sparse,
+        expert_layer_offset=int(rng.integers(sparse)),
+        num_experts=experts,
+        num_experts_per_tok=int(rng.integers(1, experts + 1)),
+        output_router_logits=experts > 1 and flip(rng),
+        router_aux_loss_coef=0.02,
+        mamba_expand=int(rng.integers(1, 4)),
+        mamba_d_state=int(rng.integers(2, 12)),
+        mamba_d_conv=int(rng.integers(2, 6)),
+        mamba_dt_rank=int(rng.integers(1, 7)) if flip(rng) else "auto",
+        mamba_conv_bias=flip(rng),
+        mamba_proj_bias=flip(rng),
+    )
+
+
+def minimax(rng: Generator) -> PretrainedConfig:
+    options, experts = decoder(rng), int(rng.integers(2, 7))
+    depth = options["num_hidden_layers"] = int(rng.integers(1, 5))
+    kinds = ["linear_attention", "full_attention"]
+    factors = {}  # much kept and little added, or float32 itself is worse than the bar
+    for part in ("linear_attn", "full_attn", "mlp"):
+        factors[f"{part}_alpha_factor"] = float(rng.uniform(1.0, 3.0))
+        factors[f"{part}_beta_factor"] = float(rng.uniform(0.3, 1.0))
+    return transformers.MiniMaxConfig(
+        **options,
+        **factors,
+        layer_types=[str(rng.choice(kinds)) for _ in range(depth)] if flip(rng) else None,
+        block_size=int(rng.choice([4, 16, 256])),
+        sliding_window=int(rng.integers(2, 20)) if flip(rng) else None,
+        num_local_experts=experts,
+        num_experts_per_tok=int(rng.integers(1, experts + 1)),
+        output_router_logits=flip(rng),
+        router_aux_loss_coef=0.02,
+    )
+
+
 CONFIGS: dict[str, Callable[[Generator], PretrainedConfig]] = {
     "llama": llama,
+    "minimax": minimax,
     "mistral": mistral,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
+    "mamba": mamba,
+    "falcon_mamba": falcon_mamba,
+    "mamba2": mamba2,
+    "jamba": jamba,
 }
