@@ -144,7 +144,7 @@ def write(
 
 
 def _crc32(x: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 def _mapping(path: Path, about: dict[str, str], name: str) -> dict[str, Any]:
