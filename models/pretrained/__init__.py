@@ -131,16 +131,19 @@ class Pretrained:
                 x = np.pad(x, [(0, n - m) for n, m in zip(sizes[name], x.shape, strict=True)])
             return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
+        def run(names, where):
+            each = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+            layers = [one(name, each) for name in names]  # gone before the next are read
+            return jax.block_until_ready(jax.jit(_stack, out_shardings=where)(layers))
+
         params: dict[str, Any] = {}
         for path, where in jax.tree_util.tree_leaves_with_path(places):
             keys = [part.key for part in path]
-            if keys[0] != "blocks":
-                leaf = one(".".join(keys), where)
-            else:
+            if keys[0] == "blocks":
                 layers = runs(config)[keys[1]].layers
-                each = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
-                parts = [one(".".join(["layers", str(i), *keys[2:]]), each) for i in layers]
-                leaf = jax.jit(_stack, out_shardings=where)(parts)
+                leaf = run([".".join(["layers", str(i), *keys[2:]]) for i in layers], where)
+            else:
+                leaf = one(".".join(keys), where)
             put(params, keys, leaf)
         return params
 
@@ -189,8 +192,8 @@ def save_pretrained(
     directory = Path(os.path.expanduser(directory)).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another")
-    like = None if like is None else _folder(like)
-    kept = {} if like is None else options.read(like / "config.json")
+    example = None if like is None else _folder(like)
+    kept = {} if example is None else options.read(example / "config.json")
     kind, values = _written(model.config, family or (_kind(kept) if kept else None), kept)
     _, params, _ = split(model)
     flat = by_layer(model.config, jax.tree.map(_Late, params))
@@ -200,10 +203,10 @@ def save_pretrained(
     def ours(name):
         return flat[name].get()[tuple(slice(n) for n in known[name])]
 
-    family = FAMILIES[kind]
-    pieces = by_name(family.pieces(model.config, kind), "theirs")
+    layout = FAMILIES[kind]
+    pieces = by_name(layout.pieces(model.config, kind), "theirs")
     wanted = their_shapes([piece for each in pieces.values() for piece in each], known)
-    buffers = family.buffers(model.config) if hasattr(family, "buffers") else {}
+    buffers = layout.buffers(model.config) if hasattr(layout, "buffers") else {}
 
     def theirs(name):
         return buffers[name] if name in buffers else to_theirs(pieces[name], wanted[name], ours)
@@ -216,8 +219,8 @@ def save_pretrained(
         sizes = {name: item * math.prod(shape) for name, shape in wanted.items()}
         sizes |= {name: x.nbytes for name, x in buffers.items()}
         write(new, sizes, theirs, most, values)
-        for pattern in KEPT if like else ():
-            for path in filter(Path.is_file, like.glob(pattern)):
+        for path in (p for pattern in KEPT for p in example.glob(pattern)) if example else ():
+            if path.is_file():
                 shutil.copy(path, new)
         (new / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         new.replace(directory)

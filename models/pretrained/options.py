@@ -32,7 +32,7 @@ class Options:
     """
 
     def __init__(self, values: dict[str, Any], most: int = 2**31, tensors: int = 2**20):
-        self.values, self.most, self.tensors, self.known = values, most, tensors, set(NEUTRAL)
+        self.values, self.most, self.tensors, self.known = values, most, tensors, set[str](NEUTRAL)
 
     def whole(
         self, name: str, default: Any = REQUIRED, least: int = 1, most: int | None = None

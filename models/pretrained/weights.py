@@ -36,7 +36,7 @@ class Weights:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._files: dict[str, Any] = {}  # the open file of each tensor
+        self._files: dict[str, Path] = {}
         self._checksums: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.options: dict[str, Any] | None = None
@@ -67,12 +67,12 @@ class Weights:
 
     def read(self, name: str, rows: Any = slice(None), dtype: Any = None) -> np.ndarray:
         """Some rows of a tensor. ValueError if it was changed on the disk or is not finite."""
-        file = self._files[name]
         code = self._checksums.get(name)
-        if code is None and isinstance(rows, slice) and self.shapes[name]:
-            x = file.get_slice(name)[rows]
-        else:
-            x = file.get_tensor(name)
+        part = code is None and isinstance(rows, slice) and self.shapes[name]
+        # opened each time, because the pages of an open file stay in memory
+        with safe_open(self._files[name], framework="numpy") as file:
+            x = file.get_slice(name)[rows] if part else file.get_tensor(name)
+        if not part:
             if code is not None and _crc32(x) != code:
                 raise ValueError(f"{self.directory}: {name} was changed: its checksum differs")
             x = x[rows]
@@ -84,22 +84,21 @@ class Weights:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="numpy")
-            names, about = file.keys(), file.metadata() or {}
-            kinds = {name: file.get_slice(name) for name in names}
+            with safe_open(path, framework="numpy") as file:
+                names, about = file.keys(), file.metadata() or {}
+                parts = ((name, file.get_slice(name)) for name in names)
+                kinds = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in parts}
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path.name} is no safetensors file: {_reason(path, error)}"
             ) from None
-        for name, kind in kinds.items():
+        for name, (dtype, shape) in kinds.items():
             if name in self._files:
                 raise ValueError(f"{shown([name])} is in two files")
-            if kind.get_dtype() not in DTYPES:
+            if dtype not in DTYPES:
                 known = ", ".join(sorted(DTYPES))
-                raise ValueError(
-                    f"{path.name}: {shown([name])} is of {kind.get_dtype()}; supported are {known}"
-                )
-            self.shapes[name], self._files[name] = tuple(kind.get_shape()), file
+                raise ValueError(f"{path.name}: {shown([name])} is of {dtype}; read are {known}")
+            self.shapes[name], self._files[name] = shape, path
         if CHECKSUMS in about:
             sums = _mapping(path, about, CHECKSUMS)
             if sums.keys() != kinds.keys():
@@ -145,7 +144,7 @@ def write(
 
 
 def _crc32(x: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 def _mapping(path: Path, about: dict[str, str], name: str) -> dict[str, Any]:

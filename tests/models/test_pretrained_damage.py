@@ -174,7 +174,7 @@ TENSORS = {
     "infinite": (lambda h: h["model.norm.weight"].__setitem__(0, np.inf), "not finite"),
     "minus infinity": (lambda h: h["lm_head.weight"].__setitem__((0, 0), -np.inf), "not finite"),
     "float64 beyond float32": (lambda h: scale(h, np.float64, 1e300), "not finite in float32"),
-    "int8": (lambda h: h.update({Q: h[Q].astype(np.int8)}), "is of I8; supported are BF16, F16"),
+    "int8": (lambda h: h.update({Q: h[Q].astype(np.int8)}), "is of I8; read are BF16, F16"),
     "int64": (lambda h: h.update({Q: h[Q].astype(np.int64)}), "is of I64"),
     "bool": (lambda h: h.update({Q: h[Q] > 0}), "is of BOOL"),
     "float8": (lambda h: h.update({Q: h[Q].astype(ml_dtypes.float8_e4m3fn)}), "is of F8_E4M3"),
