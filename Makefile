@@ -16,6 +16,7 @@ comma := ,
 # What the installation depends on, besides these files: a new one replaces the old in place.
 FOR_TRAIN := $(VENV)/.train-$(ACCELERATOR)
 FOR_DEV := $(VENV)/.dev-$(ACCELERATOR)
+FOR_EVAL := $(VENV)/.eval-$(ACCELERATOR)
 SOURCES := pyproject.toml setup.py $(wildcard constraints/*.txt)
 
 LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
@@ -23,7 +24,7 @@ LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info <
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable \
 	'.[$(1)$(if $(EXTRA),$(comma)$(EXTRA))]' --constraint constraints/$(LINE).txt
 
-.PHONY: help train test test-x64 lint types format constraints clean same-python
+.PHONY: help train test test-x64 test-eval lint types format constraints clean same-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +41,9 @@ endif
 test-x64: $(FOR_DEV)  ## the laws of kernels and layers with x64 on, where a stray dtype shows
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		tests/kernels tests/layers -k "not float64" $(ARGS)
+
+test-eval: $(FOR_EVAL)  ## lm-evaluation-harness over our models, which the whole suite leaves out
+	$(BIN)/python -m pytest -m eval tests/experiments/test_harness.py $(ARGS)
 
 lint: $(FOR_DEV)  ## ruff
 	$(BIN)/ruff check .
@@ -69,6 +73,11 @@ $(FOR_DEV): $(BIN)/python $(SOURCES) | same-python
 	@echo "installing scanax with its tests' tools ($(ACCELERATOR)) in $(VENV): a minute or two, once"
 	@$(call install,dev)
 	@touch $@ $(FOR_TRAIN)
+
+$(FOR_EVAL): $(FOR_DEV)
+	@echo "installing lm-evaluation-harness in $(VENV): a few minutes, once"
+	@$(call install,dev$(comma)eval)
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

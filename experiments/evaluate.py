@@ -2,12 +2,13 @@
 
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
+python -m scanax.experiments.evaluate --checkpoint runs/stdlib --tasks lambada_openai,piqa
 """
 
 import os
 import sys
 
-if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     sys.path.pop(0)  # this file must not stand before the library `evaluate`
 
 import dataclasses
@@ -24,7 +25,7 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh, use_abstract_mesh
 from scanax.experiments import data as texts
-from scanax.experiments import flags
+from scanax.experiments import flags, harness
 from scanax.experiments.loading import Loaded, load, parse_step
 from scanax.experiments.sampling import AXES
 from scanax.models import LM
@@ -45,6 +46,15 @@ class EvaluateConfig:
     """Sequence lengths, in multiples of the training length."""
     tokens: int = 200_000
     """Tokens to measure at each length, spread over the text; 0: all of it."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness (extra `eval`), as piqa,arc_*: names, groups or patterns. Text
+    is then measured only if --data.paths is given."""
+    task_path: str | None = None
+    """Directory of more tasks: YAML files of lm-evaluation-harness."""
+    shots: int | None = None
+    """Examples before each question; if None, as many as each task says."""
+    limit: int | None = None
+    """The first questions of each task only; all if None."""
     out: str | None = None
     """Directory for evaluation.json and loss_by_position.png; the run's own if None."""
     plot: bool = True
@@ -61,6 +71,12 @@ class EvaluateConfig:
         for name in ("tokens", "emulate_devices"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 0")
+        for name, least in (("task_path", None), ("shots", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise ValueError(f"{name}={value} is for --tasks, and none are given")
+            if value is not None and least is not None and value < least:
+                raise ValueError(f"{name}={value}; it must be at least {least}")
         if self.data.heldout:
             raise ValueError("--data.heldout is for training; all of --data.paths is measured")
         if not self.data.paths and self.data != texts.DataConfig(paths=()):
@@ -89,24 +105,40 @@ def main(args: list[str] | None = None) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure at every length, and print; what evaluation.json holds."""
-    if config.plot:
+    """Measure texts and tasks, and print; what evaluation.json holds."""
+    if config.plot and reads_text(config):
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError(
                 "the package matplotlib is missing: pip install 'scanax[train]', or give --no-plot"
             ) from None
+    tasks = harness.find(config.tasks, config.task_path, config.shots) if config.tasks else None
     mesh.emulate(config.emulate_devices)
     over = mesh.only(mesh.make(config.mesh), *AXES)
     loaded = load(config.checkpoint, parse_step(config.step), over)
+    results: dict[str, Any] = {"step": loaded.step, "training_length": loaded.config.task.length}
+    answers = harness.model_class()(loaded, over=over) if tasks else None
+    if reads_text(config):
+        results |= by_length(config, loaded, over)
+    if tasks:
+        print(f"step {loaded.step} of {config.checkpoint} on {config.tasks}", flush=True)
+        results["tasks"] = harness.measure(tasks, answers, config.limit)
+    return results
+
+
+def reads_text(config: EvaluateConfig) -> bool:
+    return bool(config.data.paths) or not config.tasks
+
+
+def by_length(config: EvaluateConfig, loaded: Loaded, over: Mesh) -> dict[str, Any]:
+    """The text's name, and figures at every length."""
     source, task = text(config, loaded), loaded.config.task
     with jax.set_mesh(over):
         for times in config.lengths:
             mesh.over_time(times * task.length)
     print(f"step {loaded.step} of {config.checkpoint} on {source.name}, {len(source):,} tokens")
-    results: dict[str, Any] = {"step": loaded.step, "text": source.name}
-    results |= {"training_length": task.length, "lengths": []}
+    results: dict[str, Any] = {"text": source.name, "lengths": []}
     score = scorer(loaded.model, over)
     for times in config.lengths:
         length = times * task.length
@@ -226,7 +258,7 @@ def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print()
     write(folder / "evaluation.json", json.dumps(results, indent=1).encode())
-    if config.plot:
+    if config.plot and "lengths" in results:
         name = f"{Path(config.checkpoint).resolve().name}, step {results['step']}"
         write(folder / "loss_by_position.png", curves(results, name))
 
