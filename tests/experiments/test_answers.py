@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.experiments import answers, evaluate
-from scanax.experiments.answers import Answers, understood, windows
+from scanax.experiments.answers import Answers
+from scanax.experiments.asking import understood, windows
 from scanax.experiments.data import DataConfig
 from scanax.experiments.loading import load
 from scanax.experiments.sampling import Choice
