@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Answers:
         over = mesh.only(mesh.make() if over is None else over, *AXES)
         if not isinstance(checkpoint, Loaded):
             checkpoint = load(checkpoint, parse_step(None if step is None else str(step)), over)
-        task, self.tokenizer = checkpoint.config.task, checkpoint.tokenizer
+        task, self.tokenizer = checkpoint.config.task, cast(Any, checkpoint.tokenizer)
         self.config, self.busy = task.model, False  # busy: what fails is the model, not a task
         if self.tokenizer is None:
             raise ValueError(f"{checkpoint.folder} has no tokenizer, and tasks are given as text")
