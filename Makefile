@@ -17,6 +17,7 @@ comma := ,
 FOR_TRAIN := $(VENV)/.train-$(ACCELERATOR)
 FOR_DEV := $(VENV)/.dev-$(ACCELERATOR)
 FOR_PARITY := $(VENV)/.parity-$(ACCELERATOR)
+FOR_EVAL := $(VENV)/.eval-$(ACCELERATOR)
 SOURCES := pyproject.toml setup.py $(wildcard constraints/*.txt)
 
 LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
@@ -24,10 +25,7 @@ LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info <
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable \
 	'.[$(1)$(if $(EXTRA),$(comma)$(EXTRA))]' --constraint constraints/$(LINE).txt
 
-# Where torch for CPUs alone is; PyPI's brings its own CUDA.
-TORCH := https://download.pytorch.org/whl/cpu
-
-.PHONY: help train test test-x64 test-parity lint types format constraints clean same-python
+.PHONY: help train test test-x64 test-parity test-eval lint types format constraints clean same-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,7 +44,10 @@ test-x64: $(FOR_DEV)  ## the laws of kernels and layers with x64 on, where a str
 		tests/kernels tests/layers -k "not float64" $(ARGS)
 
 test-parity: $(FOR_PARITY)  ## models drawn at random against transformers, in torch on the CPU
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope tests/extras $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope tests/extras/test_transformers.py $(ARGS)
+
+test-eval: $(FOR_EVAL)  ## lm-evaluation-harness over our models
+	$(BIN)/python -m pytest tests/extras/test_harness.py $(ARGS)
 
 lint: $(FOR_DEV)  ## ruff
 	$(BIN)/ruff check .
@@ -79,7 +80,12 @@ $(FOR_DEV): $(BIN)/python $(SOURCES) | same-python
 
 $(FOR_PARITY): $(FOR_DEV)
 	@echo "installing transformers and torch in $(VENV): a minute or two, once"
-	@$(call install,dev$(comma)parity) --extra-index-url $(TORCH)
+	@$(call install,dev$(comma)parity) $(PIP_ARGS)
+	@touch $@
+
+$(FOR_EVAL): $(FOR_DEV)
+	@echo "installing lm-evaluation-harness in $(VENV): a few minutes, once"
+	@$(call install,dev$(comma)eval)
 	@touch $@
 
 $(BIN)/python:

@@ -3,12 +3,13 @@
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
 python -m scanax.experiments.evaluate --checkpoint published/llama --choices questions.jsonl
+python -m scanax.experiments.evaluate --checkpoint runs/stdlib --tasks lambada_openai,piqa
 """
 
 import os
 import sys
 
-if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     sys.path.pop(0)  # this file must not stand before the library `evaluate`
 
 import dataclasses
@@ -54,6 +55,15 @@ class EvaluateConfig:
     """Sequence lengths, in multiples of --length."""
     tokens: int = 200_000
     """Tokens to measure at each length, spread over the text; 0: all of it."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness (extra `eval`), as piqa,arc_*: names, groups or patterns. Text
+    is then measured only if --data.paths is given."""
+    task_path: str | None = None
+    """Directory of more tasks: YAML files of lm-evaluation-harness."""
+    shots: int | None = None
+    """Examples before each question; if None, as many as each task says."""
+    limit: int | None = None
+    """The first questions of each task only; all if None."""
     out: str | None = None
     """Directory for evaluation.json and loss_by_position.png; if None the run's own, for published
     checkpoints evaluations/NAME here."""
@@ -71,6 +81,12 @@ class EvaluateConfig:
         for name in ("tokens", "emulate_devices"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 0")
+        for name, least in (("task_path", None), ("shots", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise ValueError(f"{name}={value} is for --tasks, and none are given")
+            if value is not None and least is not None and value < least:
+                raise ValueError(f"{name}={value}; it must be at least {least}")
         if self.data.heldout:
             raise ValueError("--data.heldout is for training; all of --data.paths is measured")
         if self.length is not None and self.length < 1:
@@ -116,6 +132,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(
                 "the package matplotlib is missing: pip install 'scanax[train]', or give --no-plot"
             ) from None
+    tasks = harness.find(config.tasks, config.task_path, config.shots) if config.tasks else None
     mesh.emulate(config.emulate_devices)
     over = mesh.only(mesh.make(config.mesh), *AXES)
     own = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
@@ -124,16 +141,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # as many tokens at once as a batch of training has, where a row is no longer than that
     room = task.rows * task.length
     results: dict[str, Any] = {"step": loaded.step}
+    # before the text is measured: it finds out what the tasks need and the model lacks
+    answers = harness.model_class()(loaded, over=over, length=config.length) if tasks else None
     if reads_text(config):
         results |= by_length(config, loaded, score, over, room)
     if config.choices is not None:
         given = questions, loaded, config.checkpoint, over.shape["seq"], room
         results["choices"] = {"file": config.choices} | choices.answer(score, *given)
+    if tasks:
+        print(f"{named(config, loaded.step)} on {config.tasks}", flush=True)
+        results["tasks"] = harness.measure(tasks, answers, config.limit)
     return results
 
 
 def reads_text(config: EvaluateConfig) -> bool:
-    return bool(config.data.paths) or config.choices is None
+    return bool(config.data.paths) or not (config.choices or config.tasks)
 
 
 Score = Callable[[texts.Batch], np.ndarray]

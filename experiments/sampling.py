@@ -1,5 +1,6 @@
 """Generation: prompts in by chunks, then one compiled loop of O(1) steps."""
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -121,13 +122,16 @@ class Generator:
         )
         self.each: Callable[[np.ndarray], None] = lambda tokens: None
 
-    def start(self, prompts: Sequence[np.ndarray], room: int, seed: int, chunk: int) -> Context:
+    def start(
+        self, prompts: Sequence[np.ndarray], room: int, seed: int, chunk: int, multiple: int = 1
+    ) -> Context:
         """Read prompts of any lengths, with room for `room` tokens a row in attention's caches.
 
-        A row is read and continued as it is alone, to the rounding of other array shapes.
+        A row is read and continued as it is alone, to the rounding of other array shapes. Lengths
+        are rounded up to a multiple, so that fewer shapes are compiled.
         """
         self.check(len(prompts))
-        tokens, reset = left_padded(prompts, self.span)
+        tokens, reset = left_padded(prompts, math.lcm(self.span, multiple))
         logits, state = self._read(self.blank(len(prompts), room), tokens, reset, chunk)
         drawn = jnp.zeros(len(prompts), jnp.int32)
         return Context(state, logits, jnp.asarray(row_keys(prompts, seed)), drawn)

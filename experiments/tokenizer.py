@@ -2,14 +2,28 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..models.pretrained import options
+
 BYTES = "bytes"  # in place of a path: a token is a byte
+
+
+class Marks(NamedTuple):
+    """The tokens that stand where a text begins and ends, where a tokenizer has such."""
+
+    before: tuple[int, ...] = ()
+    """What its own template puts before every text."""
+    start: tuple[int, ...] = ()
+    """What the first token of a text follows: `before`, else the beginning's, else the end's."""
+    ends: frozenset[int] = frozenset()
+    """What a text ends with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +31,7 @@ class Bytes:
     """One token a byte of UTF-8. No special tokens: 256 numbers, and every text has an encoding."""
 
     vocab: int = 256
+    marks = Marks()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -52,7 +67,11 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerJson:
-    """A tokenizer.json, read by the package `tokenizers`. Special tokens are never added."""
+    """A tokenizer.json, read by the package `tokenizers`. Special tokens are never added.
+
+    Which ones begin and end a text say its own template and the files that published models have
+    beside it (tokenizer_config.json, config.json, generation_config.json).
+    """
 
     path: str
 
@@ -75,6 +94,25 @@ class TokenizerJson:
     def vocab(self) -> int:
         # A vocabulary may have holes: what the embedding needs is the largest number plus one.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def marks(self) -> Marks:
+        encoding = self._tokenizer.encode("a")
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        before = tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+        found: dict[str, list[int]] = {"bos": [], "eos": []}
+        for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+            path = Path(self.path).with_name(name)
+            values = options.read(path) if path.is_file() else {}
+            for kind, numbers in found.items():
+                token = values.get(f"{kind}_token")
+                text = token.get("content") if isinstance(token, dict) else token
+                number = values.get(f"{kind}_token_id")
+                number = self._tokenizer.token_to_id(text) if isinstance(text, str) else number
+                given = number if isinstance(number, list) else [number]
+                numbers += [n for n in given if isinstance(n, int)]
+        start = before or tuple((found["bos"] or found["eos"])[:1])
+        return Marks(before, start, frozenset(found["eos"]))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
