@@ -100,7 +100,10 @@ OPTIONS = {
     "a text for true": ({"tie_word_embeddings": "true"}, "tie_word_embeddings="),
     "biases": ({"attention_bias": True}, "missing tensors: .*q_proj.bias"),
     "MLP's biases": ({"mlp_bias": True}, "missing tensors: .*gate_proj.bias"),
-    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but lm_head.weight"),
+    "tied": (
+        {"tie_word_embeddings": True},
+        "lm_head.weight is model.embed_tokens.weight, but it is not",
+    ),
     "scaled positions": ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling="),
     "older positions": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type=.yarn"),
     "no base": ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0"),
