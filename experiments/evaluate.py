@@ -13,23 +13,17 @@ if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpat
     sys.path.pop(0)  # this file must not stand before the library `evaluate`
 
 import dataclasses
-import io
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-import tqdm
-from flax import nnx
-from jax.sharding import Mesh, use_abstract_mesh
-from scanax.experiments import choices, flags
+from jax.sharding import Mesh
+from scanax.experiments import choices, flags, harness, plot
 from scanax.experiments import data as texts
 from scanax.experiments.loading import Loaded, load, parse_step, published
 from scanax.experiments.sampling import AXES
-from scanax.models import LM
+from scanax.experiments.scoring import Score, measure, scorer
 from scanax.sharding import mesh
 
 
@@ -91,7 +85,9 @@ class EvaluateConfig:
             raise ValueError("--data.heldout is for training; all of --data.paths is measured")
         if self.length is not None and self.length < 1:
             raise ValueError(f"length={self.length}; it must be at least 1")
-        bare = texts.DataConfig(paths=(), tokenizer=self.data.tokenizer if self.choices else None)
+        bare = texts.DataConfig(
+            paths=(), tokenizer=self.data.tokenizer if self.choices or self.tasks else None
+        )
         if not self.data.paths and self.data != bare:
             raise ValueError("--data flags describe --data.paths, and none are given")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
@@ -158,9 +154,6 @@ def reads_text(config: EvaluateConfig) -> bool:
     return bool(config.data.paths) or not (config.choices or config.tasks)
 
 
-Score = Callable[[texts.Batch], np.ndarray]
-
-
 def by_length(
     config: EvaluateConfig, loaded: Loaded, score: Score, over: Mesh, room: int
 ) -> dict[str, Any]:
@@ -220,65 +213,6 @@ def text(config: EvaluateConfig, loaded: Loaded) -> texts.Source:
     return source
 
 
-def scorer(model: LM, over: Mesh) -> Score:
-    """Nats of every target of a batch, whose rows and time lie over the mesh."""
-    graphdef, variables = nnx.split(model)
-    parts = math.prod(over.shape[axis] for axis in mesh.ROWS)
-
-    @jax.jit
-    def nll(variables, tokens, targets, reset):
-        with use_abstract_mesh(over.abstract_mesh):
-            return nnx.merge(graphdef, variables).nll(tokens, targets, reset=reset)[0]
-
-    def score(batch):
-        rows, length = batch["tokens"].shape
-        more = -rows % parts  # rows of nothing, so that they divide
-        place = mesh.sharding(over, mesh.ROWS, None if length == 1 else "seq")
-        arrays = (np.pad(batch[name], ((0, more), (0, 0))) for name in READ)
-        found = nll(variables, *jax.device_put(tuple(arrays), place))
-        return np.asarray(found, np.float64)[:rows]
-
-    return score
-
-
-READ = ("tokens", "targets", "reset")
-
-
-def measure(score: Score, source: texts.Source, rows: int, length: int, tokens: int) -> dict:
-    """Means over rows of `length` tokens that start fresh, and by how many tokens are read before.
-
-    About `tokens` of them, in batches spread over the text; 0: all.
-    """
-    available = texts.evaluation_steps(source, batch=rows, length=length)
-    count = min(-(-tokens // (rows * length)) or available, available)
-    # bucket 0 has targets after 1 token, bucket b those after more than 2^(b-1), up to 2^b
-    total, weight = np.zeros((2, length.bit_length() + 1))
-    for i in tqdm.tqdm(range(count), desc=f"length {length}", leave=False, disable=None):
-        batch = texts.evaluation(source, i * available // count, batch=rows, length=length)
-        nll, counted = score(batch), batch["weights"] > 0
-        place = np.arange(length)
-        place = place - np.maximum.accumulate(np.where(batch["reset"], place, 0), axis=1)
-        bucket = np.frexp(place)[1][counted]
-        total += np.bincount(bucket, nll[counted], total.size)
-        weight += np.bincount(bucket, minlength=total.size)
-    if not weight.sum():
-        raise ValueError(f"{source.name}: no document has 2 tokens, so there is nothing to predict")
-    mean = float(total.sum() / weight.sum())
-    result = {"length": length, "nats_per_token": mean, "perplexity": float(np.exp(mean))}
-    if source.bytes_per_token:
-        result["bits_per_byte"] = mean / math.log(2) / source.bytes_per_token
-    curve = [
-        {
-            "from": 2**b // 2 + 1,
-            "to": min(2**b, length),
-            "nats_per_token": total[b] / weight[b],
-            "tokens": int(weight[b]),
-        }
-        for b in np.flatnonzero(weight).tolist()
-    ]
-    return result | {"tokens": int(weight.sum()), "by_context": curve}
-
-
 def span(bucket: dict[str, Any]) -> str:
     first, last = bucket["from"], bucket["to"]
     return str(last) if first == last else f"{first}-{last}"
@@ -295,7 +229,7 @@ def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     write(folder / "evaluation.json", json.dumps(results, indent=1).encode())
     if config.plot and "lengths" in results:
         name = name if bare else f"{name}, step {results['step']}"
-        write(folder / "loss_by_position.png", curves(results, name))
+        write(folder / "loss_by_position.png", plot.loss_by_position(results, name))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -306,36 +240,6 @@ def write(path: Path, content: bytes) -> None:
     finally:
         new.unlink(missing_ok=True)
     print(path)
-
-
-def curves(results: dict[str, Any], title: str) -> bytes:
-    """A PNG of the loss by tokens of context, a curve a length."""
-    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    shades = np.linspace(0.75, 0, len(results["lengths"]))  # of one colour: lengths have an order
-    for result, shade in zip(results["lengths"], shades, strict=True):
-        points = [
-            (math.sqrt(b["from"] * b["to"]), b["nats_per_token"]) for b in result["by_context"]
-        ]
-        color = (shade, shade + 0.4 * (1 - shade), 0.7 + 0.3 * shade)
-        label = f"length {result['length']:,}"
-        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    about = "tokens of the document read so far"
-    if results["training_length"] is not None:
-        axes.axvline(results["training_length"], color="0.6", linewidth=0.8, linestyle="--")
-        about += " (dashed: training length)"
-    axes.set_xlabel(about)
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")  # where losses end up least
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
 
 
 if __name__ == "__main__":

@@ -34,3 +34,33 @@ def loss_curve(folder: Path, unit: str) -> Path:
     path = folder / "loss.png"
     figure.savefig(path)
     return path
+
+
+def loss_by_position(results: dict[str, Any], title: str) -> bytes:
+    """A PNG of the loss by tokens of context, a curve a length."""
+    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    shades = np.linspace(0.75, 0, len(results["lengths"]))  # of one colour: lengths have an order
+    for result, shade in zip(results["lengths"], shades, strict=True):
+        points = [
+            (math.sqrt(b["from"] * b["to"]), b["nats_per_token"]) for b in result["by_context"]
+        ]
+        color = (shade, shade + 0.4 * (1 - shade), 0.7 + 0.3 * shade)
+        label = f"length {result['length']:,}"
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    about = "tokens of the document read so far"
+    if results["training_length"] is not None:
+        axes.axvline(results["training_length"], color="0.6", linewidth=0.8, linestyle="--")
+        about += " (dashed: training length)"
+    axes.set_xlabel(about)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")  # where losses end up least
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
