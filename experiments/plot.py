@@ -1,6 +1,11 @@
-"""The loss curve of a run, from its metrics.jsonl."""
+"""Pictures: the loss of a run by step, and of an evaluation by position."""
 
+import io
+import math
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .metrics import read
 

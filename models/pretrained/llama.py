@@ -16,6 +16,7 @@ BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 ATTENTION = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
 MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 MIXTRAL = {"w1": "gate", "w3": "up", "w2": "down"}
+KV_HEADS = {"llama": None, "mistral": 8, "mixtral": 8, "qwen2_moe": 16}  # where none are named
 
 
 def read(o: Options) -> LMConfig:
@@ -26,10 +27,10 @@ def read(o: Options) -> LMConfig:
     bias = o.flag("attention_bias", False) if kind == "llama" else False
     attention = AttentionConfig(
         heads=o.whole("num_attention_heads"),
-        kv_heads=o.whole("num_key_value_heads", None),
+        kv_heads=o.whole("num_key_value_heads", o.unless(KV_HEADS[kind], "num_key_value_heads")),
         head_width=o.whole("head_dim", None),
         window=_window(o, kind, depth),
-        rope_base=rope_base(o),
+        rope_base=rope_base(o, 1e6 if kind == "mixtral" else 1e4),
         bias=o.flag("qkv_bias", True) if kind == "qwen2_moe" else bias,
         out_bias=bias,
     )
@@ -110,7 +111,8 @@ def _window(o: Options, kind: str, depth: int) -> int | None:
         o.skip("sliding_window", "max_window_layers")
         o.expect("layer_types", ["full_attention"] * depth)
         return None
-    return o.whole("sliding_window", None, most=2**31)
+    default = 4096 if kind == "mistral" else None
+    return o.whole("sliding_window", o.unless(default, "sliding_window"), most=2**31)
 
 
 def write(config: LMConfig, kind: str) -> dict[str, Any]:

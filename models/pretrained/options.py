@@ -78,6 +78,10 @@ class Options:
         inner = {f"{name}.{key}": each for key, each in (value or {}).items()}
         return Options(inner, self.most, self.tensors)
 
+    def unless(self, default: Any, name: str) -> Any:
+        """The default of an option for which null means None."""
+        return None if name in self.values else default
+
     def expect(self, name: str, *supported: Any) -> None:
         """An option of which only these values are supported; missing or null is, too."""
         value = self._get(name, None)
