@@ -1,5 +1,7 @@
 """Experts in the trainer: one device or eight, what is logged, and checkpoints between meshes."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
     train.train(run)
     for name, bar in (("loss", 1e-5), ("moe_balance", 1e-5), ("moe_load", 1e-5)):
         close(rows(tmp_path / "r", name), rows(alone, name), bar)
-    # and goes on with another number of experts on a device, from the same arrays
+    # another number of experts on a device, from the same arrays
     about = checkpoint.manifest(tmp_path / "r", 10)["arrays"]
     target = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about.items()}
     saved = checkpoint.restore(tmp_path / "r", target, 10).state
@@ -43,8 +45,24 @@ def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
         resumed = train.prepare(flags.train(resume))
         for name, leaf in resumed.program.task.by_layer(resumed.state["params"]).items():
             np.testing.assert_array_equal(leaf, saved[f"params.{name}"])
-    train.train(resumed)
-    assert checkpoint.latest(tmp_path / "r") == 11
+    # goes on as it would have, and is worth as much
+    found = []
+    for over in ("expert=8", "expert=2,tensor=2", "expert=4 --schedule.expert-degree 0", ""):
+        folder = tmp_path / f"over-{len(found)}"
+        shutil.copytree(tmp_path / "r", folder)
+        command = ["--run", str(folder), "--steps", "12", "--mesh", *(over.split() or [""])]
+        assert train.main(["--resume", *command]) == 0
+        assert checkpoint.latest(folder) == 12
+        measure = evaluate.EvaluateConfig(
+            str(folder), tokens=200, plot=False, mesh=over.split(" ")[0]
+        )
+        measured = [one["nats_per_token"] for one in evaluate.evaluate(measure)["lengths"]]
+        last = metrics.read(folder)[-1]
+        found.append(
+            (rows(folder, "loss")[10:], rows(folder, "moe_z"), last["heldout_loss"], measured)
+        )
+    for other in found[1:]:
+        close(other, found[0], 1e-5)
 
 
 def test_what_is_logged(alone):
@@ -86,5 +104,7 @@ def test_what_a_router_cannot_do_is_said_in_a_line(texts, tmp_path, capsys):
     assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("train: moe.router.kind=expert-choice lets a later token")
-    assert train.main([*args(texts, tmp_path / "r", EXPERTS), "--mesh", "expert=3"]) == 2
-    assert "does not divide over expert=3 devices" in capsys.readouterr().err
+    more = "--rows 6 --mesh expert=3 "
+    assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line == "train: experts=8 does not divide over expert=3 devices; 6 or 9 would"
