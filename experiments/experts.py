@@ -111,7 +111,7 @@ def report(config: Experts) -> None:
             raise ValueError(f"mesh {config.mesh!r} has one device for all experts; try expert=8")
         hidden = model.moe.hidden or model.mlp.width(model.width)
         expert.layout(model.moe.experts, hidden)
-        tokens = task.rows * task.length // mesh.size(*mesh.ROWS, "seq", "tensor")
+        tokens = -(-task.rows * task.length // mesh.size(*mesh.ROWS, "seq", "tensor"))
         work = Work(
             tokens * model.moe.router.choices,
             model.width,

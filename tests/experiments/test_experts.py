@@ -47,6 +47,12 @@ def test_the_command_prints_a_table_and_a_choice(capsys):
     assert lines[-1][-4:] == flags
 
 
+def test_a_device_has_some_of_the_tokens(capsys):
+    few = "moe --mesh tensor=4 --rows 1 --length 3 --tflops 1 --link-gbs 1"
+    assert experts.main(few.split()) == 0
+    assert capsys.readouterr().out.startswith("4 devices, 8 experts, 2 assignments")
+
+
 def test_a_setting_is_timed():
     model = LMConfig(width=8, depth=1, pattern="gla+moe")
     task = dataclasses.replace(moe.config.task, rows=8, length=4, model=model)
