@@ -45,20 +45,26 @@ def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
         resumed = train.prepare(flags.train(resume))
         for name, leaf in resumed.program.task.by_layer(resumed.state["params"]).items():
             np.testing.assert_array_equal(leaf, saved[f"params.{name}"])
-    # goes on as it would have, and is worth as much
+
+
+def test_a_checkpoint_goes_on_over_other_devices(texts, tmp_path):
+    """As it would have gone on over its own, and it is worth as much."""
+    folders = [tmp_path / name for name in "abc"]
+    begin = [*args(texts, folders[0], EXPERTS), "--steps", "1", "--mesh", "expert=8"]
+    assert train.main(begin) == 0
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
     found = []
-    for over in ("expert=8", "expert=2,tensor=2", ""):
-        folder = tmp_path / f"over-{len(found)}"
-        shutil.copytree(tmp_path / "r", folder)
-        command = ["--run", str(folder), "--steps", "12", "--mesh", over]
-        assert train.main(["--resume", *command]) == 0
-        assert checkpoint.latest(folder) == 12
+    for folder, over in zip(folders, ("expert=8", "expert=2,tensor=2", ""), strict=True):
+        resume = ["--resume", "--run", str(folder), "--steps", "2", "--mesh", over]
+        assert train.main(resume) == 0
         how = evaluate.EvaluateConfig(str(folder), lengths=(1,), tokens=200, plot=False, mesh=over)
         (measured,) = evaluate.evaluate(how)["lengths"]
-        worth = metrics.read(folder)[-1]["heldout_loss"], measured["nats_per_token"]
-        found.append((rows(folder, "loss")[10:], rows(folder, "moe_z")[10:], worth))
-    for other in found[1:]:
-        close(other, found[0], 1e-5)
+        last = metrics.read(folder)[-1]
+        numbers = [last[name] for name in ("step", "loss", "moe_z", "moe_load", "heldout_loss")]
+        found.append([np.array(x) for x in (*numbers, measured["nats_per_token"])])
+    assert found[0][0] == 2
+    close(found[1:], [found[0]] * 2, 1e-5)
 
 
 def test_what_is_logged(alone):
