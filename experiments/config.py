@@ -41,8 +41,8 @@ class TrainConfig(Generic[T]):
     """Minutes of wall clock to train for, compilation and validation included. The learning rate
     follows whichever of steps and minutes is further on."""
     mesh: str = ""
-    """Devices by axis, as data=2,seq=4: data, expert and fsdp (rows; fsdp also the parameters),
-    seq (time), tensor (heads and features), pipe (blocks). If empty, one device."""
+    """Devices by axis, as data=2,seq=4: data, expert and fsdp (rows; expert also experts, fsdp all
+    parameters), seq (time), tensor (heads and features), pipe (blocks). If empty, one device."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     """How what lies over a mesh is exchanged."""
     emulate_devices: int = 0
@@ -53,7 +53,7 @@ class TrainConfig(Generic[T]):
     """Decides the first parameters and the order of the data."""
     accumulate: int = 1
     """Equal parts that a batch's rows are split into, one after the other; the update is the same,
-    the memory that of one part."""
+    the memory that of one part. What evens experts' loads, and a capacity, is of each part."""
     validate_every: int = 250
     """Steps between evaluations on held-out data; 0: only at the end."""
     save_every: int = 500

@@ -47,21 +47,21 @@ class Experts:
     preset: Annotated[str, tyro.conf.Positional]
     """An experiment of experiments/configs, with experts."""
     mesh: str = ""
-    """Devices by axis, as expert=8; one device if empty."""
+    """Devices by axis, as expert=8: data, expert, fsdp, seq, tensor."""
     rows: int | None = None
-    """Sequences of a step; None: the preset's."""
+    """Sequences that are computed at once; None: those of the preset's step."""
     length: int | None = None
     """Tokens of a sequence; None: the preset's."""
     measure: bool = False
     """Time each setting on these devices, forward and backward, and choose by that."""
-    repeats: int = 5
-    """Timed runs of each; the median counts."""
+    repeats: int | None = None
+    """With --measure, timed runs of each, of which the median counts; None: 5."""
     tflops: float | None = None
     """10^12 operations a device does in a second; None: as published for this kind of device."""
     link_gbs: float | None = None
     """10^9 bytes a device receives in a second; None: as published."""
-    latency_us: float = 5.0
-    """Microseconds that an exchange takes at least, where --tflops or --link-gbs is given."""
+    latency_us: float | None = None
+    """Microseconds that an exchange takes at least; None: as for this kind of device, else 5."""
     emulate_devices: int = 0
     """Make this many devices of the CPU, to try a mesh on; 0: use the devices there are."""
 
@@ -72,6 +72,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         config = flags.parse(Experts, None, args, "experts", about)
+        check(config)
         mesh.emulate(config.emulate_devices)
         report(config)
     except (ValueError, OSError) as error:
@@ -80,21 +81,29 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def report(config: Experts) -> None:
-    """Print the table and what to choose. ValueError for a model or machine that cannot be."""
+def check(config: Experts) -> None:
+    """Raise a ValueError for a number that cannot be, or would not be used."""
     for name in ("tflops", "link_gbs", "repeats"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value}; it must be more than 0")
-    if not 0 <= config.latency_us < math.inf:
-        raise ValueError(f"latency_us={config.latency_us}; it must be 0 or more")
+    for name in ("latency_us", "emulate_devices"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}; it must be 0 or more")
+    if config.repeats is not None and not config.measure:
+        raise ValueError(f"repeats={config.repeats} is for --measure")
+
+
+def report(config: Experts) -> None:
+    """Print the table and what to choose. ValueError for a model or machine that cannot be."""
     task = flags.preset(config.preset).task
     changed = {"rows": config.rows, "length": config.length}
     task = dataclasses.replace(task, **{k: v for k, v in changed.items() if v is not None})
     model: LMConfig = task.model
     if "moe" not in {kind.mlp for kind in parse(model.pattern, model.depth)}:
         raise ValueError(f"pattern {model.pattern!r} has no experts")
-    over = mesh.make(config.mesh)
+    over = mesh.only(mesh.make(config.mesh), *mesh.ROWS, "seq", "tensor")
     with jax.set_mesh(over):
         mesh.check(task.rows, task.length)
         devices = mesh.size(*expert.GROUP)
@@ -102,7 +111,7 @@ def report(config: Experts) -> None:
             raise ValueError(f"mesh {config.mesh!r} has one device for all experts; try expert=8")
         hidden = model.moe.hidden or model.mlp.width(model.width)
         expert.layout(model.moe.experts, hidden)
-        tokens = task.rows * task.length // mesh.size(*mesh.ROWS, "seq", "tensor")
+        tokens = -(-task.rows * task.length // mesh.size(*mesh.ROWS, "seq", "tensor"))
         work = Work(
             tokens * model.moe.router.choices,
             model.width,
@@ -131,7 +140,7 @@ def report(config: Experts) -> None:
             )
             line += f" {one.seconds * 1e3:12.4g}" if machine else ""
             if config.measure:
-                timed.append(one._replace(seconds=measured(task, over, one, config.repeats)))
+                timed.append(one._replace(seconds=measured(task, over, one, config.repeats or 5)))
                 line += f" {timed[-1].seconds * 1e3:12.4g}"
             print(line, flush=True)
     chosen = expert_cost.best(timed or costs)
@@ -140,16 +149,17 @@ def report(config: Experts) -> None:
 
 
 def machine_of(config: Experts) -> Machine | None:
-    """What the flags say of the devices, or what is published of their kind."""
+    """What the flags say of the devices, beside what is published of their kind."""
     kind = jax.devices()[0].device_kind
-    known = [machine for name, machine in MACHINES.items() if kind.startswith(name)]
-    if config.tflops is None and config.link_gbs is None:
-        return known[-1] if known else None
-    base = known[-1] if known else Machine(math.nan, math.nan, 0.0)
+    names = sorted((name for name in MACHINES if kind.startswith(name)), key=len)  # v5, v5 lite
+    known = MACHINES[names[-1]] if names else None
+    if (config.tflops, config.link_gbs, config.latency_us) == (None, None, None):
+        return known
+    base = known or Machine(math.nan, math.nan, 5e-6)
     found = Machine(
         base.flops if config.tflops is None else config.tflops * 1e12,
         base.link if config.link_gbs is None else config.link_gbs * 1e9,
-        config.latency_us * 1e-6,
+        base.latency if config.latency_us is None else config.latency_us * 1e-6,
     )
     if math.isnan(found.flops) or math.isnan(found.link):
         raise ValueError("give both --tflops and --link-gbs: neither is known of these devices")

@@ -16,7 +16,7 @@ from .mlp import GELU, GLU, GeGLU, MLPConfig, SwiGLU
 from .moe import MoE, MoEConfig
 from .norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from .retention import Retention, RetentionConfig
-from .router import RouterConfig
+from .router_config import RouterConfig
 
 __all__ = [
     "GELU",

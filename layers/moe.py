@@ -1,7 +1,7 @@
 """Mixture of experts: a channel mixer of which each token uses a few parts."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from ..sharding import expert
 from .depth import ONLY, Depth
 from .linear import Linear
 from .mlp import MLPConfig, SwiGLU
-from .router import ROUTERS, RouterConfig
+from .router import ROUTERS
+from .router_config import RouterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,16 @@ class MoEConfig:
     """The router."""
 
     def __post_init__(self):
-        if self.router.kind != "expert-choice" and self.router.choices > self.experts:
+        for each in dataclasses.fields(self):
+            value, known = getattr(self, each.name), get_args(each.type)
+            if get_origin(each.type) is Literal and value not in known:
+                raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
+        if self.router.choices > self.experts:
             raise ValueError(f"router.top={self.router.choices} of experts={self.experts}")
         if self.capacity < 0:
             raise ValueError(f"capacity={self.capacity}; it must be 0 (dropless) or more")
+        if self.capacity and self.router.kind == "expert-choice":
+            raise ValueError(f"capacity={self.capacity}: expert-choice has its router.top instead")
         if self.shared_gate and not self.shared:
             raise ValueError("shared_gate is for a shared expert, and shared=0")
         if self.priority != "order" and not self.capacity:

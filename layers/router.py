@@ -1,7 +1,6 @@
 """Routers: which experts a token goes to, and with which weights. All of it in float32."""
 
-import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,68 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..kernels import routing
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """Who chooses the experts, and what keeps their load even."""
-
-    kind: Literal["softmax", "gshard", "switch", "noisy", "cosine", "sigmoid", "expert-choice"] = (
-        "softmax"
-    )
-    """softmax: the most probable (Mixtral). gshard: two, the second at random by its weight.
-    switch: one, weighted by its probability. noisy: the most probable after learned noise.
-    cosine: by the angle to each expert (X-MoE). sigmoid: a bias keeps the load even, instead of a
-    loss (DeepSeek-V3). expert-choice: experts choose tokens; not for causal models."""
-    top: int | None = None
-    """Experts of a token; expert-choice: on average. None: 1 for switch, else 2."""
-    renormalize: bool = True
-    """Whether a token's weights are divided by their sum (softmax, cosine)."""
-    jitter: float = 0.01
-    """switch: in training a token is multiplied by numbers drawn from 1 +- this."""
-    cosine_width: int = 32
-    """cosine: features of the space that angles are measured in."""
-    temperature: float = 0.5
-    """cosine: what cosines are divided by at first; it is learned."""
-    bias_rate: float = 1e-3
-    """sigmoid: how much an expert's bias goes up or down after a step."""
-    scale: float = 1.0
-    """sigmoid: what the weights are multiplied by."""
-    groups: int = 1
-    """sigmoid: groups of experts, of which only some are chosen from."""
-    kept_groups: int = 1
-    """sigmoid: how many groups a token's experts are of."""
-    balance: float | None = None
-    """Coefficient of the loss that evens the load: experts x sum of share x probability, 1 when
-    even; noisy: the squared coefficients of variation of importance and load. None: 0.01, and for
-    sigmoid 0."""
-    pooled: bool = False
-    """Whether that loss is of the mean share and probability over all layers (Mixtral), rather than
-    the sum of the layers' losses."""
-    z: float = 1e-3
-    """Coefficient of the mean squared logsumexp of the logits (ST-MoE), summed over layers."""
-    init_std: float = 0.02
-    """Standard deviation of the router's initial weights."""
-
-    def __post_init__(self):
-        known = ROUTERS[self.kind]
-        for field in dataclasses.fields(self):
-            only = [kind for kind, router in ROUTERS.items() if field.name in router.options]
-            value = getattr(self, field.name)
-            if only and self.kind not in only and value != field.default:
-                raise ValueError(f"{field.name}={value} is for router {' or '.join(only)}")
-        if self.top is not None and self.top < 1:
-            raise ValueError(f"top={self.top}; it must be at least 1")
-        if self.top is not None and known.top is not None and self.top != known.top:
-            raise ValueError(f"top={self.top}; router {self.kind} chooses {known.top}")
-        for name in ("temperature", "scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be more than 0")
-
-    @property
-    def choices(self) -> int:
-        """k, the experts of a token."""
-        return self.top or ROUTERS[self.kind].top or 2
+from .router_config import RouterConfig
 
 
 class Routed(NamedTuple):
@@ -83,9 +21,6 @@ class Routed(NamedTuple):
 
 class Router(nnx.Module):
     """Softmax of a projection, the top k of it."""
-
-    options: tuple[str, ...] = ("renormalize", "pooled")
-    top: int | None = None
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         self.config, self.experts = config, experts
@@ -106,9 +41,6 @@ class Router(nnx.Module):
 class GShard(Router):
     """Two experts, the second kept in training with probability min(1, 2 w2) (arXiv:2006.16668)."""
 
-    options = ("pooled",)
-    top = 2
-
     def __call__(self, x: Float[Array, "B T D"], key: Array | None = None) -> Routed:
         logits = self.logits(x)
         found = routing.gshard(logits, key)
@@ -119,9 +51,6 @@ class GShard(Router):
 class Switch(Router):
     """One expert, weighted by its probability  (arXiv:2101.03961)."""
 
-    options = ("jitter", "pooled")
-    top = 1
-
     def __call__(self, x: Float[Array, "B T D"], key: Array | None = None) -> Routed:
         if key is not None and self.config.jitter:
             x = routing.jitter(x.astype(self.kernel.dtype), key, self.config.jitter)
@@ -131,8 +60,6 @@ class Switch(Router):
 
 class Noisy(Router):
     """Top k of L + N(0, 1) softplus(x W_noise), softmax over those kept  (arXiv:1701.06538)."""
-
-    options = ()
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         super().__init__(width, experts, config, dtype=dtype, rngs=rngs)
@@ -147,8 +74,6 @@ class Noisy(Router):
 class Cosine(Router):
     """Softmax of cosines over a learned temperature, the top k of it  (arXiv:2204.09179)."""
 
-    options = ("renormalize", "cosine_width", "temperature", "pooled")
-
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         self.config, self.experts = config, experts
         self.kernel = nnx.Param(self._drawn((width, config.cosine_width), dtype, rngs))
@@ -162,8 +87,6 @@ class Cosine(Router):
 
 class Sigmoid(Router):
     """Top k of sigmoid(L) + bias, weights without the bias  (DeepSeek-V3, arXiv:2412.19437)."""
-
-    options = ("bias_rate", "scale", "groups", "kept_groups", "pooled")
 
     def __init__(self, width: int, experts: int, config: RouterConfig, *, dtype: Any, rngs):
         super().__init__(width, experts, config, dtype=dtype, rngs=rngs)
@@ -189,8 +112,6 @@ class Sigmoid(Router):
 
 class ExpertChoice(Router):
     """Every expert takes the tokens of a row that want it most  (arXiv:2202.09368)."""
-
-    options = ()
 
     def __call__(self, x: Float[Array, "B T D"], key: Array | None = None) -> Routed:
         logits = self.logits(x)

@@ -8,7 +8,7 @@ What is left of a matrix is cut over `fsdp`.
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from ..sharding import expert, rules
@@ -77,6 +77,9 @@ def shardings(config: LMConfig, params: dict[str, Any], mesh: Mesh) -> dict[str,
     stages = mesh.shape["pipe"]
     if config.pipeline[0] != stages:
         raise ValueError(f"blocks stacked for pipe={config.pipeline[0]} on a mesh of pipe={stages}")
+    if "moe" in {run.kind.mlp for run in runs(config)}:
+        with use_abstract_mesh(mesh.abstract_mesh):  # it says which number of experts would do
+            expert.layout(config.moe.experts, config.moe.hidden or config.mlp.width(config.width))
     tree = specs(config, params)
 
     def one(path, leaf, spec):

@@ -47,6 +47,12 @@ def test_the_command_prints_a_table_and_a_choice(capsys):
     assert lines[-1][-4:] == flags
 
 
+def test_a_device_has_some_of_the_tokens(capsys):
+    few = "moe --mesh tensor=4 --rows 1 --length 3 --tflops 1 --link-gbs 1"
+    assert experts.main(few.split()) == 0
+    assert capsys.readouterr().out.startswith("4 devices, 8 experts, 2 assignments")
+
+
 def test_a_setting_is_timed():
     model = LMConfig(width=8, depth=1, pattern="gla+moe")
     task = dataclasses.replace(moe.config.task, rows=8, length=4, model=model)
@@ -54,6 +60,27 @@ def test_a_setting_is_timed():
     one, *_ = table(8, 8, Work(8, 8, 64, 3, 4), MACHINE)
     with jax.set_mesh(over):
         assert 0 < experts.measured(task, over, one, 1) < 60
+
+
+class Device:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+def test_what_is_published_of_a_device(monkeypatch):
+    """Of its own kind, not of one whose name begins alike; flags change one number each."""
+
+    def found(kind, **given):
+        monkeypatch.setattr(experts.jax, "devices", lambda: [Device(kind)])
+        return experts.machine_of(experts.Experts("moe", **given))
+
+    assert found("TPU v5 lite") == experts.MACHINES["TPU v5 lite"]
+    assert found("TPU v5") == found("TPU v5p") == experts.MACHINES["TPU v5"]
+    assert found("NVIDIA H100 80GB HBM3") == experts.MACHINES["NVIDIA H100"]
+    assert found("cpu") is None
+    assert found("TPU v4", latency_us=9.0) == experts.MACHINES["TPU v4"]._replace(latency=9e-6)
+    assert found("TPU v4", link_gbs=1.0) == experts.MACHINES["TPU v4"]._replace(link=1e9)
+    assert found("cpu", tflops=1.0, link_gbs=2.0) == Machine(1e12, 2e9, 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +91,14 @@ def test_a_setting_is_timed():
         ("moe --mesh expert=8", "what a 'cpu' does is not known: give --tflops and --link-gbs"),
         ("moe --mesh expert=8 --tflops 0", "tflops=0.0; it must be more than 0"),
         ("moe --mesh expert=8 --measure --repeats 0", "repeats=0; it must be more than 0"),
+        ("moe --mesh expert=8 --tflops 1 --link-gbs 1 --repeats 3", "repeats=3 is for --measure"),
+        ("moe --mesh expert=8 --measure --latency-us 9", "give both --tflops and --link-gbs"),
+        ("moe --mesh expert=8 --tflops 1 --link-gbs 1 --latency-us -1", "latency_us=-1.0; it must"),
+        ("moe --mesh expert=8 --emulate-devices -1", "emulate_devices=-1; it must be 0 or more"),
+        ("moe --mesh expert=4,pipe=2 --tflops 1 --link-gbs 1", "mesh pipe=2: only data, expert"),
+        ("moe --accumulate 2", "Unrecognized options: --accumulate"),
+        ("moe --schedule.expert-degree 0", "Unrecognized options: --schedule.expert-degree"),
+        ("moe --data.paths x", "Unrecognized options: --data.paths"),
         ("moe --mesh expert=8 --tflops 1", "give both --tflops and --link-gbs"),
         ("moe --mesh expert=8 --rows 9", "rows=9 does not divide over expert=8 devices"),
     ],

@@ -1,5 +1,7 @@
 """Experts in the trainer: one device or eight, what is logged, and checkpoints between meshes."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
     train.train(run)
     for name, bar in (("loss", 1e-5), ("moe_balance", 1e-5), ("moe_load", 1e-5)):
         close(rows(tmp_path / "r", name), rows(alone, name), bar)
-    # and goes on with another number of experts on a device, from the same arrays
+    # another number of experts on a device, from the same arrays
     about = checkpoint.manifest(tmp_path / "r", 10)["arrays"]
     target = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about.items()}
     saved = checkpoint.restore(tmp_path / "r", target, 10).state
@@ -43,8 +45,26 @@ def test_ten_steps_over_eight_devices_are_those_of_one(alone, texts, tmp_path):
         resumed = train.prepare(flags.train(resume))
         for name, leaf in resumed.program.task.by_layer(resumed.state["params"]).items():
             np.testing.assert_array_equal(leaf, saved[f"params.{name}"])
-    train.train(resumed)
-    assert checkpoint.latest(tmp_path / "r") == 11
+
+
+def test_a_checkpoint_goes_on_over_other_devices(texts, tmp_path):
+    """As it would have gone on over its own, and it is worth as much."""
+    folders = [tmp_path / name for name in "abc"]
+    begin = [*args(texts, folders[0], EXPERTS), "--steps", "1", "--mesh", "expert=8"]
+    assert train.main(begin) == 0
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
+    found = []
+    for folder, over in zip(folders, ("expert=8", "expert=2,tensor=2", ""), strict=True):
+        resume = ["--resume", "--run", str(folder), "--steps", "2", "--mesh", over]
+        assert train.main(resume) == 0
+        how = evaluate.EvaluateConfig(str(folder), lengths=(1,), tokens=200, plot=False, mesh=over)
+        (measured,) = evaluate.evaluate(how)["lengths"]
+        last = metrics.read(folder)[-1]
+        numbers = [last[name] for name in ("step", "loss", "moe_z", "moe_load", "heldout_loss")]
+        found.append([np.array(x) for x in (*numbers, measured["nats_per_token"])])
+    assert found[0][0] == 2
+    close(found[1:], [found[0]] * 2, 1e-5)
 
 
 def test_what_is_logged(alone):
@@ -86,5 +106,7 @@ def test_what_a_router_cannot_do_is_said_in_a_line(texts, tmp_path, capsys):
     assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("train: moe.router.kind=expert-choice lets a later token")
-    assert train.main([*args(texts, tmp_path / "r", EXPERTS), "--mesh", "expert=3"]) == 2
-    assert "does not divide over expert=3 devices" in capsys.readouterr().err
+    more = "--rows 6 --mesh expert=3 "
+    assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line == "train: experts=8 does not divide over expert=3 devices; 6 or 9 would"

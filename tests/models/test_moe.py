@@ -24,6 +24,7 @@ MODEL = LMConfig(
     moe=MoEConfig(experts=4, hidden=24, shared=8, shared_gate=True),
     loss_chunk=40,
 )
+CHOICE = RouterConfig(kind="expert-choice")
 CAUSAL = [kind for kind in ROUTERS if kind != "expert-choice"]
 
 
@@ -184,12 +185,22 @@ def test_experts_that_choose_are_for_no_language_model():
         (RouterConfig, {"scale": 2.0}, "scale=2.0 is for router sigmoid"),
         (RouterConfig, {"kind": "noisy", "jitter": 0.1}, "jitter=0.1 is for router switch"),
         (RouterConfig, {"kind": "cosine", "temperature": 0.0}, "temperature=0.0; it must be more"),
+        (RouterConfig, {"kind": "soft"}, "kind='soft' is not one of softmax, gshard, "),
+        (RouterConfig, {"kind": "switch", "jitter": 1.0}, "jitter=1.0; it must be 0 or more"),
+        (RouterConfig, {"kind": "sigmoid", "bias_rate": -1.0}, "bias_rate=-1.0; it must be 0"),
+        (RouterConfig, {"balance": -0.1}, "balance=-0.1; it must be 0 or more"),
+        (RouterConfig, {"z": -1.0}, "z=-1.0; it must be 0 or more"),
+        (RouterConfig, {"init_std": -1.0}, "init_std=-1.0; it must be 0 or more"),
+        (MoEConfig, {"activation": "silu"}, "activation='silu' is not one of swiglu, gelu, relu"),
+        (MoEConfig, {"capacity": 1.0, "priority": "scores"}, "priority='scores' is not one of"),
+        (MoEConfig, {"router": CHOICE, "experts": 1}, "router.top=2 of experts=1"),
+        (MoEConfig, {"router": CHOICE, "capacity": 1.0}, "capacity=1.0: expert-choice has"),
         (MoEConfig, {"experts": 1}, "router.top=2 of experts=1"),
         (MoEConfig, {"capacity": -1.0}, "capacity=-1.0; it must be 0"),
         (MoEConfig, {"shared_gate": True}, "shared_gate is for a shared expert"),
         (MoEConfig, {"priority": "score"}, "priority=score is for a capacity"),
     ],
 )
-def test_options_that_would_be_ignored_are_refused(config, options, says):
+def test_options_that_would_be_ignored_are_refused(unchecked, config, options, says):
     with pytest.raises(ValueError, match=says):
         config(**options)
