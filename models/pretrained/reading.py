@@ -44,7 +44,9 @@ def load_pretrained(
     """
     over = meshes.make(devices=jax.devices()[:1]) if mesh is None else mesh
     found = Pretrained(directory, dtype)
-    config = dataclasses.replace(found.config, pipeline=(over.shape["pipe"], 1))
+    config = dataclasses.replace(  # any vocabulary, though it be cut over devices
+        found.config, pipeline=(over.shape["pipe"], 1), vocab_multiple=over.shape["tensor"]
+    )
     graphdef, blank, _ = split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
     params = found.params(config, partition.shardings(config, blank, over))
 
