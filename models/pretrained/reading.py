@@ -74,10 +74,11 @@ class Pretrained:
             self.family = FAMILIES[self.kind]
             self.weights = Weights(self.folder)
             options.same(values, self.weights.options)
-            config = config_of(self.kind, values, self.weights.numbers, len(self.weights.shapes))
+            held = self.weights.shapes
+            config = config_of(self.kind, values, self.weights.numbers, len(held), held)
             self.config = dataclasses.replace(config, dtype=kept, param_dtype=kept)
             pieces = self.family.pieces(self.config, self.kind)
-            self.pieces = [piece.among(self.weights.shapes) for piece in pieces]
+            self.pieces = [piece.among(held) for piece in pieces]
             self._check()
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None
