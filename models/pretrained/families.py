@@ -36,9 +36,9 @@ def kind_of(values: dict[str, Any]) -> str:
     return kind
 
 
-def config_of(kind: str, values: dict[str, Any], *bounds: int) -> LMConfig:
-    """Our config of theirs, with every option understood."""
-    asked = Options(values, *bounds)
+def config_of(kind: str, values: dict[str, Any], *files: Any) -> LMConfig:
+    """Our config of theirs, with every option understood; `files` is what Options knows of them."""
+    asked = Options(values, *files)
     config = FAMILIES[kind].read(asked)
     asked.skip("model_type")
     asked.done()

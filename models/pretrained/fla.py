@@ -103,8 +103,12 @@ def _ratio(width: int, ratio: float) -> float:
 
 def _hidden(o: Options, width: int, ratio: float) -> int:
     """Without a size, 2/3 of hidden_ratio times the width, up to a multiple of 256."""
-    by_ratio = int(width * o.number("hidden_ratio", ratio) * 2 / 3)
-    return o.whole("intermediate_size", None) or -(-by_ratio // 256) * 256
+    ratio, size = o.number("hidden_ratio", ratio), o.whole("intermediate_size", None)
+    if size is None:
+        size = -(-int(width * ratio * 2 / 3) // 256) * 256
+        if not 0 < size <= o.most:
+            raise ValueError(f"config.json: hidden_ratio={ratio} with a width of {width}")
+    return size
 
 
 def _attention(o: Options, depth: int) -> tuple[list[int], AttentionConfig]:

@@ -24,6 +24,8 @@ def read(o: Options) -> LMConfig:
     o.expect("hidden_act", "silu")
     o.expect("attention_dropout", 0.0, 0)
     o.expect("pretraining_tp", 1)
+    o.expect("is_llama_config", True)
+    o.expect("rope_interleaved", False)
     bias = o.flag("attention_bias", False) if kind == "llama" else False
     attention = AttentionConfig(
         heads=o.whole("num_attention_heads"),

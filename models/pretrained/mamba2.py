@@ -9,7 +9,7 @@ from ...layers.mamba2 import Mamba2Config
 from ..config import LMConfig
 from .llama import ends
 from .mamba import WITHOUT_EFFECT, expanded, multiple, older
-from .options import Options
+from .options import LARGEST, Options
 from .pieces import Piece, fused, kernels
 
 BUFFERS = r"(?!)"  # none
@@ -56,11 +56,14 @@ def read(o: Options) -> LMConfig:
 def _limit(o: Options) -> tuple[float, float]:
     """The range that steps are clamped to, whose end may be infinite."""
     limit = o.each("time_step_limit", [0.0, math.inf])
-    if (
-        len(limit) != 2
-        or any(isinstance(x, bool) or not isinstance(x, int | float) for x in limit)
-        or not limit[0] <= limit[1]
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in limit)
+    if not (
+        numbers
+        and len(limit) == 2
+        and -LARGEST <= limit[0] <= min(limit[1], LARGEST)
+        and (limit[1] <= LARGEST or limit[1] == math.inf)
     ):
+        limit = str(limit)[:80]
         raise ValueError(f"config.json: time_step_limit={limit} is not two numbers in order")
     return float(limit[0]), float(limit[1])
 

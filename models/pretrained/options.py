@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ LONGEST = 2**27  # bytes of a JSON file
 # What every library writes beside the model's own options; none of it changes what is computed.
 NEUTRAL = frozenset(
     """
-    _name_or_path _attn_implementation architectures auto_map bos_token_id eos_token_id
-    pad_token_id sep_token_id unk_token_id decoder_start_token_id chunk_size_feed_forward dtype
-    torch_dtype id2label label2id initializer_range init_std is_decoder is_encoder_decoder
-    max_length max_position_embeddings min_length finetuning_task name_or_path output_attentions
-    output_hidden_states prefix problem_type return_dict task_specific_params tokenizer_class
-    torchscript transformers_version use_bfloat16 use_cache
+    _name_or_path _attn_implementation _attn_implementation_autoset architectures auto_map
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    chunk_size_feed_forward dtype torch_dtype id2label label2id initializer_range init_std
+    is_decoder is_encoder_decoder max_length max_position_embeddings max_sequence_length min_length
+    finetuning_task name_or_path output_attentions output_hidden_states prefix problem_type
+    return_dict task_specific_params tokenizer_class torchscript transformers.js_config
+    transformers_version use_bfloat16 use_cache
     """.split()  # noqa: SIM905
 )
 
@@ -28,11 +29,19 @@ class Options:
 
     A missing option and one that is null give the default; without a default they are an error.
     Sizes are at most `most`: what the files hold, so that a wrong one cannot exhaust the memory;
-    what is there so many times, with tensors of its own, at most `tensors`.
+    what is there so many times, with tensors of its own, at most `tensors`. `held` are the names
+    of the files' tensors, None where there are no files.
     """
 
-    def __init__(self, values: dict[str, Any], most: int = 2**31, tensors: int = 2**20):
-        self.values, self.most, self.tensors, self.known = values, most, tensors, set[str](NEUTRAL)
+    def __init__(
+        self,
+        values: dict[str, Any],
+        most: int = 2**31,
+        tensors: int = 2**20,
+        held: Container[str] | None = None,
+    ):
+        self.values, self.most, self.tensors, self.held = values, most, tensors, held
+        self.known = set[str](NEUTRAL)
 
     def whole(
         self, name: str, default: Any = REQUIRED, least: int = 1, most: int | None = None

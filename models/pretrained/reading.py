@@ -44,7 +44,9 @@ def load_pretrained(
     """
     over = meshes.make(devices=jax.devices()[:1]) if mesh is None else mesh
     found = Pretrained(directory, dtype)
-    config = dataclasses.replace(found.config, pipeline=(over.shape["pipe"], 1))
+    config = dataclasses.replace(  # any vocabulary, though it be cut over devices
+        found.config, pipeline=(over.shape["pipe"], 1), vocab_multiple=over.shape["tensor"]
+    )
     graphdef, blank, _ = split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
     params = found.params(config, partition.shardings(config, blank, over))
 
@@ -72,10 +74,11 @@ class Pretrained:
             self.family = FAMILIES[self.kind]
             self.weights = Weights(self.folder)
             options.same(values, self.weights.options)
-            config = config_of(self.kind, values, self.weights.numbers, len(self.weights.shapes))
+            held = self.weights.shapes
+            config = config_of(self.kind, values, self.weights.numbers, len(held), held)
             self.config = dataclasses.replace(config, dtype=kept, param_dtype=kept)
             pieces = self.family.pieces(self.config, self.kind)
-            self.pieces = [piece.among(self.weights.shapes) for piece in pieces]
+            self.pieces = [piece.among(held) for piece in pieces]
             self._check()
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from None

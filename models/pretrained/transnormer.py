@@ -11,13 +11,14 @@ from .pieces import Piece, fused, kernels
 
 BUFFERS = r"model\.(slopes|_linear_attn_mask)"
 MLP = {"l1": "gate", "l2": "up", "l3": "down"}
+HEAD = "lm_head.weight"
 EPS = 1e-6  # of every norm, no option
 
 
 def read(o: Options) -> LMConfig:
     o.skip("add_bos_token")
     o.expect("norm_type", "simplermsnorm")
-    o.expect("linear_act_fun", "silu")
+    o.expect("linear_act_fun", "silu", "swish")
     o.expect("bias", False)
     width, depth = o.whole("decoder_embed_dim", 1024), o.count("decoder_layers", 24)
     heads, inner = o.whole("decoder_attention_heads", 8), o.whole("hidden_dim", 1024)
@@ -30,7 +31,8 @@ def read(o: Options) -> LMConfig:
         pattern="lightning+glu",
         norm="simple",
         norm_eps=EPS,
-        tie_head=o.flag("tie_word_embeddings", False),
+        # their class names no default: older transformers tied it and kept one of the two
+        tie_head=o.flag("tie_word_embeddings", o.held is not None and HEAD not in o.held),
         embed_scale=not o.flag("no_scale_embedding", False),
         mlp=MLPConfig(hidden=o.whole("glu_dim", 2816)),
         lightning=LightningConfig(
@@ -79,7 +81,7 @@ def write(config: LMConfig, kind: str) -> dict[str, Any]:
 def pieces(config: LMConfig, kind: str) -> Iterator[Piece]:
     yield Piece("model.embed_tokens.weight", "embedding")
     if not config.tie_head:
-        yield Piece("lm_head.weight", "head.kernel", "T")
+        yield Piece(HEAD, "head.kernel", "T")
     lightning = config.lightning
     inner = lightning.heads * (lightning.head_width or config.width // lightning.heads)
     for i in range(config.depth):

@@ -62,7 +62,7 @@ class Weights:
                 f"{self.directory}: {len(without)} tensors have no checksums: damage that leaves "
                 "numbers finite goes unseen (save_pretrained writes them)",
                 UncheckedWarning,
-                stacklevel=3,
+                stacklevel=4,  # of who called load_pretrained
             )
 
     def read(self, name: str, rows: Any = slice(None), dtype: Any = None) -> np.ndarray:

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 import zipfile
 
@@ -48,6 +50,13 @@ def test_without_checksums_it_warns(bases, model, base):
     with pytest.warns(UncheckedWarning, match="21 tensors have no checksums"):
         loaded = load_pretrained(bases[base])
     assert same(loaded, model)
+
+
+def test_the_warning_is_about_the_line_that_loads(bases):
+    """Where signatures are not checked, which puts calls between."""
+    line = f"import scanax; scanax.load_pretrained({str(bases['plain'])!r})"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert "<string>:1: UncheckedWarning: " in done.stderr
 
 
 @pytest.mark.parametrize("base", ["exported", "exported shards"])

@@ -46,6 +46,10 @@ def options(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
 def store(folder, values, tensors):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
@@ -276,6 +280,8 @@ REFUSED = {
         {"use_output_gate": False},
         {"attnres_block_size": 2},
         {"expand_k": 0.0},
+        {"intermediate_size": None, "hidden_ratio": 1e30},
+        {"intermediate_size": None, "hidden_ratio": 0},
         {"use_short_conv": True, "share_conv_kernel": True},
         {"attn": {"layers": [2], "num_heads": 2}},
         {"attn": {"layers": [1], "num_heads": 2, "qk_norm": True}},
@@ -346,6 +352,23 @@ def test_models_that_a_layout_has_no_words_for(family, config, what, tmp_path):
     with pytest.raises(ValueError, match=what):
         save_pretrained(LM(config, rngs=nnx.Rngs(0)), tmp_path / "ours", family=family)
     assert not (tmp_path / "ours").exists()
+
+
+def test_transnormer_whose_file_has_no_head(tmp_path):
+    """As older transformers wrote it, where a config that says nothing means a tied head."""
+    values, tensors = (read(CASES / "transnormer") for read in (options, weights))
+    assert "tie_word_embeddings" not in values
+    del tensors["lm_head.weight"]
+    tied = unchecked(store(tmp_path / "one", values | {"linear_act_fun": "swish"}, tensors))
+    assert tied.config.tie_head
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    two = unchecked(store(tmp_path / "two", values, tensors))
+    assert not two.config.tie_head
+    close(logits(tied), logits(two), 1e-6)
+    del tensors["lm_head.weight"]
+    store(tmp_path / "untied", values | {"tie_word_embeddings": False}, tensors)
+    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight"):
+        load_pretrained(tmp_path / "untied")
 
 
 def test_transnormer_of_other_widths(tmp_path):

@@ -162,6 +162,8 @@ def test_jamba_has_attention_without_positions_and_experts_in_every_second_layer
         ("mistralai/Mamba-Codestral-7B-v0.1", {"n_groups": 3}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [1.0, 0.5]}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [math.nan, 1.0]}),
+        ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [0, 10**400]}),
+        ("mistralai/Mamba-Codestral-7B-v0.1", {"time_step_limit": [math.inf, math.inf]}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"expand": 0}),
         ("mistralai/Mamba-Codestral-7B-v0.1", {"expand": 1e308}),
         ("ai21labs/Jamba-v0.1", {"sliding_window": 4096}),

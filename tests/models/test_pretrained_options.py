@@ -105,6 +105,7 @@ OPTIONS = {
     "older positions": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type=.yarn"),
     "no base": ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0"),
     "a list of positions": ({"rope_parameters": [1]}, "rope_parameters=.* a mapping"),
+    "interleaved positions": ({"rope_interleaved": True}, "rope_interleaved=true"),
     "more of positions": ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor=2.0"),
     "half turned": (
         {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -149,6 +150,9 @@ def test_options_that_are_missing(folder, name):
 def test_options_of_nothing_that_counts(folder, base):
     """Names of tokens, of the software, and of training."""
     configure(folder, bos_token_id=1, transformers_version="9.9", initializer_range=7, use_cache=0)
+    # from LLaMA 1, SmolLM2, and whatever transformers wrote for some months
+    configure(folder, max_sequence_length=2048, is_llama_config=True, rope_interleaved=False)
+    configure(folder, **{"transformers.js_config": {"dtype": 4}}, _attn_implementation_autoset=True)
     assert same(quietly(folder), quietly(base))
 
 

@@ -5,14 +5,25 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from scanax.models import LM, LMConfig
-from scanax.models.pretrained import FAMILIES, load_pretrained, save_pretrained, weights
+from scanax.models.pretrained import (
+    FAMILIES,
+    UncheckedWarning,
+    load_pretrained,
+    save_pretrained,
+    weights,
+)
+from scanax.sharding import mesh
 from support import stored
+from support.compare import close
+from support.parity import CASES
 from support.stored import INDEX, SINGLE, quietly, same
 
 
@@ -175,3 +186,37 @@ def test_memory(base, tmp_path, shards):
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     print(f"{int(done.stdout) / size:.2f} times {size / 2**20:.0f} MiB")
     assert int(done.stdout) < 1.8 * size
+
+
+# Meshes
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def alone(request, tmp_path_factory):
+    """(dtype, tokens, logits, the export) of a stored case on one device."""
+    dtype, folder = request.param, tmp_path_factory.mktemp("alone") / "ours"
+    with pytest.warns(UncheckedWarning):
+        loaded = load_pretrained(CASES / "llama", dtype=dtype)
+    save_pretrained(loaded, folder)
+    tokens = jnp.asarray(np.load(CASES / "llama" / "inputs.npz")["input_ids"][:, :36], jnp.int32)
+    return dtype, tokens, jitted(loaded, tokens), folder
+
+
+@nnx.jit
+def jitted(model, tokens):
+    return model(tokens)[0]
+
+
+@pytest.mark.parametrize("over", ["tensor=2", "fsdp=2", "pipe=2", "seq=3"])
+def test_a_mesh(alone, tmp_path, over):
+    """Its vocabulary of 97 is cut too."""
+    dtype, tokens, logits, folder = alone
+    made = mesh.make(over)
+    loaded = load_pretrained(folder, dtype=dtype, mesh=made)
+    with jax.set_mesh(made):
+        close(jitted(loaded, tokens), logits, 3e-6 if dtype == "float32" else 2e-2)
+    save_pretrained(loaded, tmp_path / "ours")
+    exported, before = (load_file(at / SINGLE) for at in (tmp_path / "ours", folder))
+    assert exported.keys() == before.keys()
+    for name, x in before.items():
+        np.testing.assert_array_equal(exported[name], x)
