@@ -49,7 +49,10 @@ class Answers:
         task, self.tokenizer = checkpoint.config.task, cast(Any, checkpoint.tokenizer)
         self.config, self.busy = task.model, False  # busy: what fails is the model, not a task
         if self.tokenizer is None:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer, and tasks are given as text")
+            raise ValueError(
+                f"{checkpoint.folder} {checkpoint.without}, and tasks are given as text; name one "
+                "with --data.tokenizer (bytes, if its tokens are bytes)"
+            )
         if self.tokenizer.vocab > self.config.vocab:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab} tokens, the model {self.config.vocab}"

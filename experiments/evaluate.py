@@ -107,7 +107,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         save(config, results)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate: the results cannot be written: {error}", file=sys.stderr)
         return 1
     return 0
@@ -133,10 +133,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     over = mesh.only(mesh.make(config.mesh), *AXES)
     own = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
     loaded = load(config.checkpoint, parse_step(config.step), over, **own)
+    place(config, loaded.step)
     score, task = scorer(loaded.model, over), loaded.config.task
     # as many tokens at once as a batch of training has, where a row is no longer than that
     room = task.rows * task.length
-    results: dict[str, Any] = {"step": loaded.step}
+    results: dict[str, Any] = {"checkpoint": which(config), "step": loaded.step} | own
     # before the text is measured: it finds out what the tasks need and the model lacks
     answers = harness.model_class()(loaded, over=over, length=config.length) if tasks else None
     if reads_text(config):
@@ -218,17 +219,48 @@ def span(bucket: dict[str, Any]) -> str:
     return str(last) if first == last else f"{first}-{last}"
 
 
+def which(config: EvaluateConfig) -> str:
+    """The checkpoint by its whole path, or its Hub id."""
+    path = Path(config.checkpoint).expanduser()
+    return str(path.resolve()) if path.exists() else config.checkpoint
+
+
+def place(config: EvaluateConfig, step: int | None) -> Path:
+    """The folder of the results; ValueError if it cannot be made, or holds another's."""
+    name, own = Path(which(config)).name, config.out is None
+    folder = Path(config.out or (config.checkpoint if step is not None else f"evaluations/{name}"))
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"the results cannot be written to {folder}; name a directory with --out")
+    other = earlier(folder).get("checkpoint")
+    if own and step is None and other not in (None, which(config)):
+        raise ValueError(f"{folder} holds results of {other}; name another directory with --out")
+    return folder
+
+
+def earlier(folder: Path) -> dict[str, Any]:
+    """What an evaluation.json that is there says."""
+    try:
+        found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
-    """evaluation.json and loss_by_position.png, each whole or not at all."""
-    name = Path(config.checkpoint).resolve().name
-    bare = results["step"] is None
-    own = Path("evaluations", name) if bare else Path(config.checkpoint)
-    folder = own if config.out is None else Path(config.out)
+    """evaluation.json and loss_by_position.png, each whole or not at all.
+
+    What was found earlier of the same weights, read alike, and not measured now, is kept.
+    """
+    folder = place(config, results["step"])
     folder.mkdir(parents=True, exist_ok=True)
+    found, same = earlier(folder), ("checkpoint", "step", "dtype", "tokenizer")
+    kept = found if all(k in found and found[k] == results[k] for k in same) else {}
     print()
-    write(folder / "evaluation.json", json.dumps(results, indent=1).encode())
+    write(folder / "evaluation.json", json.dumps(kept | results, indent=1).encode())
     if config.plot and "lengths" in results:
-        name = name if bare else f"{name}, step {results['step']}"
+        name = Path(which(config)).name
+        name = name if results["step"] is None else f"{name}, step {results['step']}"
         write(folder / "loss_by_position.png", plot.loss_by_position(results, name))
 
 

@@ -67,7 +67,8 @@ def export(config: ExportConfig) -> None:
             about = {"tokenizer_class": "PreTrainedTokenizerFast"}
             (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     kind = json.loads((out / "config.json").read_text("utf-8")).get("model_type")
-    print(f"step {loaded.step} of {config.checkpoint} as {kind}: {out}")
+    step = "" if loaded.step is None else f"step {loaded.step} of "
+    print(f"{step}{config.checkpoint} as {kind}: {out}")
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ BAD = {
     "--data.paths {folder}/big.npy --data.vocab 256": "token 900 at position 2 is outside",
     "--checkpoint {folder}/arrays --data.paths {folder}/texts": "without a tokenizer; to measure",
     "--out {folder}/one.txt": "one.txt' is not a directory",
+    "--out {folder}/one.txt/deep": "one.txt/deep; name a directory with --out",
 }
 
 

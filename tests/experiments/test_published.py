@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.experiments import evaluate, export, generate, loading
+from scanax.experiments.answers import Answers
 from scanax.experiments.tokenizer import Bytes, TokenizerJson
 from scanax.models.pretrained import UncheckedWarning, load_pretrained
 from support import published, untrained
@@ -133,6 +134,38 @@ def test_what_is_wrong_is_one_line(flag, folder, capsys, monkeypatch):
 def test_published_weights_bring_no_text(folder, capsys):
     assert evaluate.main(words(folder)) == 2
     assert "which holds no text; name some with --data.paths" in capsys.readouterr().err
+
+
+def test_results_of_before_are_kept(folder, tmp_path, monkeypatch, capsys):
+    """Of the same weights read alike; another directory of the same name needs its own place."""
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "def add", "choices": ["(first", ", second"], "answer": 0}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    path, asked = tmp_path / "evaluations/llama/evaluation.json", ["--choices", "q.jsonl"]
+    text = "--data.paths {folder}/text.txt --length 6 --lengths 1 --no-plot"
+    assert evaluate.main(words(folder, more=text)) == 0
+    assert evaluate.main([*words(folder), *asked]) == 0
+    assert {"text", "lengths", "choices"} <= json.loads(path.read_text()).keys()
+    whole = path.read_bytes()
+    published.make(tmp_path / "other" / "llama")
+    capsys.readouterr()
+    assert evaluate.main(["--checkpoint", "other/llama", *asked]) == 2
+    said = capsys.readouterr()
+    assert f"holds results of {folder}/llama; name another" in said.err and not said.out
+    assert path.read_bytes() == whole
+    assert evaluate.main([*words(folder), *asked, "--dtype", "bfloat16"]) == 0
+    assert "lengths" not in json.loads(path.read_text())
+
+
+def test_tasks_without_a_tokenizer_say_which_flag_names_one(folder):
+    said = "bare has no tokenizer.json, and tasks are given as text; name one with --data.tokenizer"
+    with pytest.raises(ValueError, match=said):
+        Answers(folder / "bare")
+
+
+def test_published_weights_are_exported_again(folder, tmp_path, capsys):
+    assert export.main([*words(folder), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{folder}/llama as llama: {tmp_path}/out\n"
 
 
 def test_an_export_is_the_run(folder, tmp_path, capsys):
