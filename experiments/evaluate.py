@@ -92,6 +92,12 @@ class EvaluateConfig:
             raise ValueError("--data flags describe --data.paths, and none are given")
         if self.out is not None and Path(self.out).exists() and not Path(self.out).is_dir():
             raise ValueError(f"out={self.out!r} is not a directory")
+        if self.choices == "":
+            raise ValueError("choices='' names no file")
+        if not reads_text(self):
+            for name in ("lengths", "tokens", *(() if self.tasks else ("length",))):
+                if (value := getattr(self, name)) != getattr(EvaluateConfig, name):
+                    raise ValueError(f"{name}={value} is for text; name some with --data.paths")
         parse_step(self.step)
 
 

