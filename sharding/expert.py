@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from ..kernels import routing
 from ..kernels.slots import collect, inverse, take
-from . import matmul, mesh, schedule
+from . import exchange, matmul, mesh, schedule
 from .sequence import manual
 
 GROUP = ("expert", "tensor")
@@ -246,15 +246,21 @@ def _there_and_back(compute, plan, room, floats, trip, first):
     sent = take(x, rows, slots)
     if plan.degree == 0:
         return collect(compute(sent, trip.sizes, kernels), rows, slots)
-    counts = _overlap(trip.sizes.reshape(plan.bins, plan.local), first, room)
-    counts = _repeated(plan, counts)
-    counts = _all_to_all(plan, counts)  # of each device's tokens for each expert here
+    # of tokens here for each expert of a device, and of each device's for each expert here
+    leaving = _overlap(trip.sizes.reshape(plan.bins, plan.local), first, room)
+    leaving = _repeated(plan, leaving)
+    coming = exchange.all_to_all(GROUP, leaving, plan.node)
     sent = _repeated(plan, sent.reshape(plan.bins, room, width))
     size, back = room // plan.slices, []
     for begin in range(0, room, size):
-        arrived = _all_to_all(plan, sent[:, begin : begin + size]).reshape(-1, width)
-        y = _by_expert(compute, arrived, _overlap(counts, begin, size), size, kernels)
-        back.append(_all_to_all(plan, y.reshape(plan.devices, size, width)))
+        counts = _overlap(coming, begin, size)
+        there = _overlap(leaving, begin, size).sum(axis=1, dtype=jnp.int32)
+        here = counts.sum(axis=1, dtype=jnp.int32)
+        part = sent[:, begin : begin + size]
+        arrived = exchange.rows(GROUP, part, there, here, plan.node).reshape(-1, width)
+        y = _by_expert(compute, arrived, counts, size, kernels)
+        y = y.reshape(plan.devices, size, width)
+        back.append(exchange.rows(GROUP, y, here, there, plan.node))
     y = jnp.concatenate(back, axis=1)
     exact = jnp.promote_types(jnp.float32, x.dtype)
     y = y.reshape(-1, plan.degree, plan.replicas, room, width).sum(axis=1, dtype=exact)
@@ -289,19 +295,6 @@ def _repeated(plan, x):
     x = x.reshape(-1, 1, plan.replicas, *x.shape[1:])
     x = jnp.broadcast_to(x, (x.shape[0], plan.degree, *x.shape[2:]))
     return x.reshape(plan.devices, *x.shape[3:])
-
-
-def _all_to_all(plan, x):
-    """x (W, ...), by device that it is for; returned by device that it is from."""
-    if plan.node in (1, plan.devices):
-        return jax.lax.all_to_all(x, GROUP, 0, 0, tiled=True)
-    nodes, shape = plan.devices // plan.node, x.shape
-    x = x.reshape(nodes, plan.node, *shape[1:])
-    within = [[n * plan.node + i for i in range(plan.node)] for n in range(nodes)]
-    between = [[n * plan.node + i for n in range(nodes)] for i in range(plan.node)]
-    x = jax.lax.all_to_all(x, GROUP, 1, 1, axis_index_groups=within, tiled=True)
-    x = jax.lax.all_to_all(x, GROUP, 0, 0, axis_index_groups=between, tiled=True)
-    return x.reshape(shape)
 
 
 def _gathered(plan, w, dtype):
