@@ -17,11 +17,24 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for the tests of meshes
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
 
+import jax
 import jaxtyping
 import pytest
 
 # The shapes and dtypes of every signature are checked, wherever a test comes by.
 jaxtyping.install_import_hook("scanax", "beartype.beartype")
+
+
+MAPPINGS = 25_000  # of the 65,530 that Linux gives a process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Compiled programs take mappings of memory; where none are left, XLA ends the process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
