@@ -154,7 +154,8 @@ class Saver:
         for path in self.directory.glob(f"{step}.saving*"):
             shutil.rmtree(path, ignore_errors=True)
         reason = f"{type(error).__name__}: {error}"
-        if "CoordinationServiceError" in reason:  # of Orbax's barrier
+        # of Orbax's barriers: CoordinationServiceError, or TimeoutError with a like text
+        if hosts.several() and "coordination" in reason.lower():
             reason = "another process ended while all were writing it"
         elif "gloo" in reason.lower() or isinstance(error, jax.errors.JaxRuntimeError):
             reason = hosts.cut_off(reason) if hosts.several() else reason
