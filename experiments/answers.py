@@ -13,7 +13,6 @@ import tqdm
 from jax.sharding import Mesh, use_abstract_mesh
 
 from ..models import merge
-from ..models.pattern import parse
 from ..sharding import mesh
 from .asking import Asked, understood, windows
 from .loading import Loaded, load, parse_step
@@ -59,8 +58,7 @@ class Answers:
             )
         self.before, self.start, ends = self.tokenizer.marks
         self.ends = ends | ({task.data.document_end} - {None})
-        mixers = {kind.mixer for kind in parse(self.config.pattern, self.config.depth)}
-        grows = "attention" in mixers and self.config.attention.window is None
+        grows = self.config.grows
         self.length = (length or task.length) if grows else None
         self.room = None if grows else self.config.attention.window or 1
         if not isinstance(batch_size or 1, int) or (batch_size or 1) < 1:

@@ -15,7 +15,7 @@ operation's arithmetic takes at this machine's measured float32 matrix rate.
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # this folder's files must not shadow installed libraries
 
 import dataclasses

@@ -7,7 +7,7 @@ python -m scanax.experiments.experts moe --mesh expert=16 --tflops 197 --link-gb
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # this folder's files must not shadow installed libraries
 
 import dataclasses

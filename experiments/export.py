@@ -7,7 +7,7 @@ python -m scanax.experiments.export --checkpoint runs/tuned --out published/tune
 import os
 import sys
 
-if sys.path and os.path.abspath(sys.path[0] or ".") == os.path.dirname(os.path.abspath(__file__)):
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     sys.path.pop(0)  # else experiments/evaluate.py stands before the library of that name
 
 import dataclasses

@@ -22,7 +22,6 @@ import numpy as np
 from scanax.experiments import flags, saved_state
 from scanax.experiments.loading import Loaded, load, parse_step
 from scanax.experiments.sampling import AXES, Choice, Context, Generator, row_keys
-from scanax.models.pattern import parse
 from scanax.sharding import mesh
 
 
@@ -164,8 +163,7 @@ def ready(
 ) -> tuple[Context, int, int]:
     """The context after the prompts, the tokens that it has read, and those it has room for."""
     model, chunk = loaded.config.task.model, config.prefill_chunk
-    mixers = {kind.mixer for kind in parse(model.pattern, model.depth)}
-    grows = "attention" in mixers and model.attention.window is None
+    grows = model.grows
     longest = max(map(len, prompts), default=0)
     if config.load_state is None:
         if config.context is not None and not grows:

@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from ..models.layout import assembled
 from ..models.pretrained import Pretrained
 from ..models.pretrained.compare import difference
 from ..sharding import mesh
 from . import checkpoint, hosts
 from .config import TrainConfig, from_json
 from .data import DataConfig
-from .step import Place, assembled, blueprint
+from .step import Place, blueprint
 from .tasks.lm import LMTask
 from .tokenizer import Bytes, TokenizerJson
 from .tokenizer import load as load_tokenizer
@@ -101,7 +102,7 @@ def load(
         data = dataclasses.replace(task.data, tokenizer=tokenizer)
         task = dataclasses.replace(task, data=data)
     known = _tokenizer(task, found.step is None)  # what is wrong with it is said before the wait
-    model = assembled(task, found.read(task, over), over)
+    model = assembled(task.build, found.read(task, over), over)
     config = dataclasses.replace(found.config, task=task)
     return Loaded(config, model, found.step, found.folder, known)
 

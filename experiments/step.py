@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from ..models.layout import assembled
 from ..sharding import mesh, schedule
 from ..sharding.schedule import PLAIN, Schedule
 from .optimizer import OptimizerConfig, adamw
@@ -52,7 +53,7 @@ class Program(NamedTuple):
         """The trained model as `task` builds it for one device."""
         flat, over = jax.device_get(self.task.by_layer(state["params"])), mesh.make()
         params = jax.jit(task.from_layers, out_shardings=blueprint(task, over)[2])(flat)
-        return assembled(task, params, over)
+        return assembled(task.build, params, over)
 
 
 def blueprint(task: Task, over: Mesh) -> tuple[nnx.GraphDef, Any, Any]:
@@ -60,17 +61,6 @@ def blueprint(task: Task, over: Mesh) -> tuple[nnx.GraphDef, Any, Any]:
     graphdef, shapes, _ = nnx.split(nnx.eval_shape(lambda: task.build(nnx.Rngs(0))), nnx.Param, ...)
     shapes = nnx.to_pure_dict(shapes)
     return graphdef, shapes, task.shardings(shapes, over)
-
-
-def assembled(task: Task, params: Any, over: Mesh) -> Any:
-    """The model of parameters that lie on a mesh."""
-    graphdef, _, _ = blueprint(task, over)
-
-    def others():  # decays by depth and the like; the parameters' draws are dead code
-        return nnx.split(task.build(nnx.Rngs(0)), nnx.Param, ...)[2]
-
-    rest = jax.jit(others, out_shardings=mesh.sharding(over))()
-    return nnx.merge(graphdef, params, rest)
 
 
 def build(

@@ -95,6 +95,12 @@ class LMConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Softmax attention blocks."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether its state grows with the text: softmax attention without a window does."""
+        mixers = {kind.mixer for kind in parse(self.pattern, self.depth)}
+        return "attention" in mixers and self.attention.window is None
+
     def __post_init__(self):
         for each in dataclasses.fields(self):
             value, known = getattr(self, each.name), get_args(each.type)

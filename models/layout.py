@@ -1,14 +1,16 @@
 """A model as plain pytrees: for the training step, for checkpoints, for the optimizer."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from ..kernels import routing
+from ..sharding import mesh
 from .block import runs
 from .config import LMConfig
 from .lm import LM
@@ -23,6 +25,17 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], Any]:
 
 def merge(graphdef: nnx.GraphDef, params: dict[str, Any], rest: Any) -> nnx.Module:
     """The inverse of `split`."""
+    return nnx.merge(graphdef, params, rest)
+
+
+def assembled(build: Callable[[nnx.Rngs], nnx.Module], params: Any, over: Mesh) -> Any:
+    """The module that `build` makes, with parameters that lie on a mesh in the place of its own."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def others():  # decays by depth and the like; the parameters' draws are dead code
+        return nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[2]
+
+    rest = jax.jit(others, out_shardings=mesh.sharding(over))()
     return nnx.merge(graphdef, params, rest)
 
 

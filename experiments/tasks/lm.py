@@ -62,9 +62,7 @@ class LMTask:
 
     def check(self) -> None:
         """Read the corpus; raise ValueError for what does not go together."""
-        kinds = parse(self.model.pattern, self.model.depth)
-        endless = self.model.attention.window is None and "attention" in {k.mixer for k in kinds}
-        if self.stream_state and endless:
+        if self.stream_state and self.model.grows:
             raise ValueError(
                 f"stream_state with pattern {self.model.pattern!r}: attention without a window has "
                 "no state of fixed size; set --model.attention.window"

@@ -18,7 +18,7 @@ from ...sharding import mesh as meshes
 from .. import partition
 from ..block import runs
 from ..config import LMConfig
-from ..layout import put, shapes, split
+from ..layout import assembled, put, shapes, split
 from ..lm import LM
 from . import options
 from .compare import difference
@@ -47,14 +47,12 @@ def load_pretrained(
     config = dataclasses.replace(  # any vocabulary, though it be cut over devices
         found.config, pipeline=(over.shape["pipe"], 1), vocab_multiple=over.shape["tensor"]
     )
-    graphdef, blank, _ = split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
-    params = found.params(config, partition.shardings(config, blank, over))
 
-    def others():  # decays by depth and the like; the parameters' draws are dead code
-        return nnx.split(LM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)[2]
+    def build(rngs):
+        return LM(config, rngs=rngs)
 
-    rest = jax.jit(others, out_shardings=meshes.sharding(over))()
-    return nnx.merge(graphdef, params, rest)
+    _, blank, _ = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return assembled(build, found.params(config, partition.shardings(config, blank, over)), over)
 
 
 class Pretrained:
