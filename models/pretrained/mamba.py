@@ -48,15 +48,23 @@ def read(o: Options) -> LMConfig:
         norm="plain" if falcon else "none",
         norm_eps=o.number("mixer_rms_eps", 1e-6, least=0.0) if falcon else 1e-6,
     )
+    return model(o, {"mamba": config}, width, depth, eps, tied=True)
+
+
+def model(
+    o: Options, mixer: dict[str, Any], width: int, depth: int, eps: float, tied: bool
+) -> LMConfig:
+    """A model of one mixer, by its name, and nothing else; `tied` is the head's default."""
+    (pattern,) = mixer
     return LMConfig(
         vocab=o.whole("vocab_size"),
         width=width,
         depth=depth,
-        pattern="mamba",
+        pattern=pattern,
         norm_eps=eps,
-        tie_head=o.flag("tie_word_embeddings", True),
+        tie_head=o.flag("tie_word_embeddings", tied),
         residual_float32=o.flag("residual_in_fp32", True),
-        mamba=config,
+        **mixer,
     )
 
 

@@ -8,7 +8,7 @@ from ...layers.mamba import inner_width
 from ...layers.mamba2 import Mamba2Config
 from ..config import LMConfig
 from .llama import ends
-from .mamba import WITHOUT_EFFECT, expanded, multiple, older
+from .mamba import WITHOUT_EFFECT, expanded, model, multiple, older
 from .options import LARGEST, Options
 from .pieces import Piece, fused, kernels
 
@@ -41,16 +41,7 @@ def read(o: Options) -> LMConfig:
         conv_bias=o.flag("use_conv_bias", True),
         norm_eps=eps,
     )
-    return LMConfig(
-        vocab=o.whole("vocab_size"),
-        width=width,
-        depth=depth,
-        pattern="mamba2",
-        norm_eps=eps,
-        tie_head=o.flag("tie_word_embeddings", False),
-        residual_float32=o.flag("residual_in_fp32", True),
-        mamba2=config,
-    )
+    return model(o, {"mamba2": config}, width, depth, eps, tied=False)
 
 
 def _limit(o: Options) -> tuple[float, float]:
