@@ -2,17 +2,75 @@
 
 `implementation=None` takes the first of the operation's list that accepts the call; a name gets
 that implementation or a NotImplementedError that says why not. Nothing falls back silently.
+
+What an implementation accepts depends on the arguments and on the target: the device that the call
+is traced for. That is JAX's first device, unless `on` names another, to lower for hardware that is
+not there or to run a Pallas kernel through an interpreter.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 _ran: contextvars.ContextVar[tuple[list[tuple[str, str]], ...]] = contextvars.ContextVar(
     "scanax_ran", default=()
 )
+
+
+_target: contextvars.ContextVar["Target | None"] = contextvars.ContextVar(
+    "scanax_target", default=None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The device that calls are traced for."""
+
+    platform: str
+    """cpu, gpu or tpu."""
+    kind: str
+    """The model, as JAX names it: "TPU v5 lite", "NVIDIA H200"."""
+    capability: str = ""
+    """Of an NVIDIA GPU, its compute capability: "9.0"."""
+    interpret: Any = False
+    """Pallas kernels run on this machine's CPU: True, or an interpreter's parameters."""
+
+
+def target() -> Target:
+    """The one that `on` names, or JAX's first device."""
+    named = _target.get()
+    if named is not None:
+        return named
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    return Target(jax.default_backend(), device.device_kind, str(capability))
+
+
+@contextlib.contextmanager
+def on(device: Target) -> Iterator[None]:
+    """Trace the calls inside the block for `device`, whatever this machine has.
+
+    A function that `jax.jit` has already traced keeps the target it was traced for.
+    """
+    token = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def late(module: str, function: str) -> Callable[..., Any]:
+    """A module's function, imported at its first call: Pallas is slow to load and may be broken."""
+
+    def run(*args, **kwargs):
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return run
 
 
 def _accepts(*args: Any, **kwargs: Any) -> None:

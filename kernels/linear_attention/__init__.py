@@ -5,14 +5,15 @@ from jaxtyping import Array, Bool, Float
 
 from ..dispatch import Implementation, call
 from ..documents import isolate
-from . import reference, xla
+from . import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(pallas_tpu.linear_attention, pallas_tpu.refuse),
     "xla": Implementation(xla.linear_attention),
     "reference": Implementation(reference.linear_attention),
     "associative": Implementation(reference.linear_attention_associative),
 }
-ISOLATED = {"xla"}
+ISOLATED = {"pallas_tpu", "xla"}
 
 
 def linear_attention(
