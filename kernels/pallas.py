@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from .dispatch import Target, target
 
@@ -62,6 +64,70 @@ def tpu_call(kernel, device: Target, *, semantics: Sequence[str], vmem: int | No
             return call(*args)
 
     return run
+
+
+class Blocks:
+    """Which part of an array a step (row, head, n-th chunk) of a grid over chunks works on."""
+
+    def __init__(self, size: int, grid: tuple[int, int, int], reverse: bool = False):
+        self.size, self.grid, self.reverse = size, grid, reverse
+
+    def __call__(self, x):
+        """Of tokens (B, G, T, K), or of what there is one of a chunk, (B, G, N, ...).
+
+        G divides the heads; B may be 1 for all rows.
+        """
+        from jax.experimental import pallas as pl
+
+        batch, heads, chunks = self.grid
+        shared, ratio = x.shape[0] < batch, heads // x.shape[1]
+
+        def place(b, h, n):
+            n = chunks - 1 - n if self.reverse else n
+            group = jax.lax.div(h, np.int32(ratio))  # `//` would lower a sign, which asks which TPU
+            return (0 if shared else b, group, n) + (0,) * (x.ndim - 3)
+
+        if x.ndim == 4:
+            return pl.BlockSpec((None, None, self.size, x.shape[3]), place)
+        return pl.BlockSpec((None, None, None, *x.shape[3:]), place)
+
+    def state(self, x):
+        """Of a state (B, H, ...): the same for every chunk."""
+        from jax.experimental import pallas as pl
+
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, n: (b, h, 0, 0))
+
+
+def shape(*sizes: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Of an output."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def over_chunks(device: Target, kernel, grid, inputs, outputs, scratch):
+    """Call a kernel for TPUs over (rows, heads, chunks in order), its state in VMEM.
+
+    `inputs` and `outputs` are pairs of a method of `Blocks` and an array or a shape; `scratch` the
+    shapes of the float32 arrays that stay from chunk to chunk.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    call = tpu_call(
+        kernel,
+        device,
+        semantics=("parallel", "parallel", "arbitrary"),
+        grid=grid,
+        in_specs=[spec(x) for spec, x in inputs],
+        out_specs=[spec(x) for spec, x in outputs],
+        out_shape=[x for _, x in outputs],
+        scratch_shapes=[pltpu.VMEM(sizes, jnp.float32) for sizes in scratch],
+    )
+    return call(*(x for _, x in inputs))
+
+
+def collect(gradient, like: tuple[int, int]):
+    """Sum a gradient (B, H, ...) over what was shared: to leading axes (B or 1, groups)."""
+    d = gradient.reshape(gradient.shape[0], like[1], -1, *gradient.shape[2:]).sum(axis=2)
+    return d if like[0] == d.shape[0] else d.sum(axis=0, keepdims=True)
 
 
 def dot(x, y, dims: str, exact: bool):

@@ -7,17 +7,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..dispatch import Implementation, call
 from ..documents import starts
-from . import reference, xla
+from . import pallas_tpu, reference, xla
 from .fixed_query import fixed_query
 from .xla import delta, visits
 
 __all__ = ["attention", "attention_gradients", "delta", "fixed_query", "visits"]
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(pallas_tpu.attention, pallas_tpu.refuse),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention),
 }
-GRADIENTS = {"xla": Implementation(xla.gradients)}
+GRADIENTS = {
+    "pallas_tpu": Implementation(pallas_tpu.gradients, pallas_tpu.refuse),
+    "xla": Implementation(xla.gradients),
+}
 
 
 def attention(

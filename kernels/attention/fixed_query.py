@@ -6,15 +6,17 @@ from jaxtyping import Array, Bool, Float
 from ..dispatch import Implementation, call
 from ..documents import isolate
 from ..monoid import LOWEST
+from . import fixed_query_pallas_tpu as pallas_tpu
 from . import fixed_query_reference as reference
 from . import fixed_query_xla as xla
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(pallas_tpu.fixed_query, pallas_tpu.refuse),
     "xla": Implementation(xla.fixed_query),
     "reference": Implementation(reference.fixed_query),
     "associative": Implementation(reference.fixed_query_associative),
 }
-ISOLATED = {"xla"}
+ISOLATED = {"pallas_tpu", "xla"}
 
 
 def fixed_query(

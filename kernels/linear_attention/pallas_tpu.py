@@ -265,71 +265,19 @@ def _backward_kernel(packed, q, k, v, log, before, dy, d_final, *refs):
         d_state[...] = dS[...]
 
 
-class Blocks:
-    """Which part of an array a grid step (row, head, n-th chunk) works on."""
-
-    def __init__(self, size, grid, reverse=False):
-        self.size, self.grid, self.reverse = size, grid, reverse
-
-    def __call__(self, x):
-        """A BlockSpec by the array's rank: tokens (B, G, T, K) or rows (B, G, N, 1, C)."""
-        from jax.experimental import pallas as pl
-
-        rows, groups = x.shape[:2]
-        (batch, heads, chunks) = self.grid
-        shared, ratio = rows < batch, heads // groups
-        last = chunks - 1
-
-        def place(b, h, n):
-            n = last - n if self.reverse else n
-            group = jax.lax.div(h, jnp.int32(ratio))  # `//` would ask for the sign
-            return (0 if shared else b, group, n) + (0,) * (x.ndim - 3)
-
-        if x.ndim == 4:
-            return pl.BlockSpec((None, None, self.size, x.shape[3]), place)
-        return pl.BlockSpec((None, None, None, *x.shape[3:]), place)
-
-    def state(self, x):
-        """A state (B, H, V, K): the same for every chunk."""
-        from jax.experimental import pallas as pl
-
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, n: (b, h, 0, 0))
-
-
-def _run(device, kernel, grid, blocks, inputs, outputs, state):
-    """Call a kernel over (rows, heads, chunks) with a state in VMEM; specs and shapes alongside."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    call = pallas.tpu_call(
-        kernel,
-        device,
-        semantics=("parallel", "parallel", "arbitrary"),
-        grid=grid,
-        in_specs=[spec(x) for spec, x in inputs],
-        out_specs=[spec(x) for spec, x in outputs],
-        out_shape=[x for _, x in outputs],
-        scratch_shapes=[pltpu.VMEM(state.shape[2:], jnp.float32)],
-    )
-    return call(*(x for _, x in inputs))
-
-
-def _shape(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def _forward(device, size, q, k, v, log, state, segment, keep=True):
     grid = (*state.shape[:2], q.shape[2] // size)
-    at = Blocks(size, grid)
+    at = pallas.Blocks(size, grid)
     tokens = [(at, q), (at, k), (at, v), (at, log), (at.state, state)]
     packed = segment is not None
     outputs = [
-        (at, _shape(*grid[:2], q.shape[2], v.shape[3], dtype=jnp.result_type(q, k, v))),
-        (at.state, _shape(*state.shape)),
-        *([(at, _shape(*grid, *state.shape[2:]))] if keep else []),
+        (at, pallas.shape(*grid[:2], q.shape[2], v.shape[3], dtype=jnp.result_type(q, k, v))),
+        (at.state, pallas.shape(*state.shape)),
+        *([(at, pallas.shape(*grid, *state.shape[2:]))] if keep else []),
     ]
     kernel = partial(_forward_kernel, packed, keep)
     inputs = [*tokens, (at, segment)] if packed else tokens
-    y, final, *states = _run(device, kernel, grid, at, inputs, outputs, state)
+    y, final, *states = pallas.over_chunks(device, kernel, grid, inputs, outputs, [state.shape[2:]])
     return (y, final), (q, k, v, log, segment, *states)
 
 
@@ -337,24 +285,20 @@ def _backward(device, size, residuals, cotangents):
     q, k, v, log, segment, states = residuals
     dy, d_final = cotangents
     grid = states.shape[:3]
-    at = Blocks(size, grid, reverse=True)
+    at = pallas.Blocks(size, grid, reverse=True)
     packed = segment is not None
     inputs = [*((at, x) for x in (q, k, v, log, states, dy)), (at.state, d_final)]
     inputs += [(at, segment)] if packed else []
     outputs = [
-        *((at, _shape(*grid[:2], *x.shape[2:])) for x in (q, k, v, log)),
-        (at.state, _shape(*d_final.shape)),
+        *((at, pallas.shape(*grid[:2], *x.shape[2:])) for x in (q, k, v, log)),
+        (at.state, pallas.shape(*d_final.shape)),
     ]
     kernel = partial(_backward_kernel, packed)
-    *gradients, d_state = _run(device, kernel, grid, at, inputs, outputs, d_final)
+    *gradients, d_state = pallas.over_chunks(
+        device, kernel, grid, inputs, outputs, [d_final.shape[2:]]
+    )
     inputs = zip(gradients, (q, k, v, log), strict=True)
-    return (*(_collect(d, x.shape[:2]).astype(x.dtype) for d, x in inputs), d_state, None)
-
-
-def _collect(d, shape):
-    """Sum a gradient (B, H, ...) over what was shared: to `shape` = (B or 1, groups)."""
-    d = d.reshape(d.shape[0], shape[1], -1, *d.shape[2:]).sum(axis=2)
-    return d if shape[0] == d.shape[0] else d.sum(axis=0, keepdims=True)
+    return (*(pallas.collect(d, x.shape[:2]).astype(x.dtype) for d, x in inputs), d_state, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,359 @@
+"""FlashAttention-2 for TPUs: tiles of scores in VMEM, an online softmax, a backward in two passes.
+
+A grid step is one tile of queries of one head against one tile of keys; the last axis of the grid
+walks the tiles that the masks let through, whose range XLA computes beforehand (`span`): steps past
+the range's end load nothing and compute nothing. Arrays are (B, heads, T, features), numbers of a
+token (B, heads, tiles, 1, tokens of a tile).
+
+Non-finite numbers are kept as in `xla.py`: a tile's row that holds one is read as nan where the
+product's result is masked, and as zeros where the product sums over the masked axis.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from .. import dispatch, pallas
+from ..monoid import LOWEST
+from ..pallas import column, dot
+from . import xla
+
+BLOCK = 512
+
+
+def refuse(q, k, v, *rest):
+    """Why not, or None."""
+    del rest
+    return pallas.no_tpu(q, k, v)
+
+
+def attention(q, k, v, first, last, kv_index, scale, block, dtype):
+    """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
+    how = dispatch.target(), scale, block or BLOCK, jnp.dtype(dtype)
+    return _attention(how, q, k, v, first, last, kv_index)
+
+
+def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
+    """What these keys contribute to the gradients to q, k and v; see `attention_gradients`."""
+    how = dispatch.target(), scale, block or BLOCK, jnp.dtype(jnp.float32)
+    return _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index)
+
+
+def _forward_kernel(scale, exact, low, high, q, k, v, first, last, kv_index, y, lse, m, u, w):
+    from jax.experimental import pallas as pl
+
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def _():
+        m[...] = jnp.full_like(m, LOWEST)
+        u[...] = jnp.zeros_like(u)
+        w[...] = jnp.zeros_like(w)
+
+    @pl.when(j < high[b, i] - low[b, i])
+    def _():
+        keys = Keys(k, v, kv_index)
+        see = seen(first, last, keys.index)
+        s = jnp.where(see, scale * dot(q[...], keys.as_nan, "tk,sk->ts", exact), LOWEST)
+        top = jnp.maximum(m[...], jnp.max(s, axis=1, keepdims=True))
+        p = jnp.where(see, jnp.exp(s - top), 0)
+        fade = jnp.exp(m[...] - top)
+        m[...] = top
+        u[...] = fade * u[...] + jnp.sum(p, axis=1, keepdims=True)
+        w[...] = fade * w[...] + dot(p, keys.v, "ts,sv->tv", exact)
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        y[...] = jnp.where(u[...] == 0, 0, w[...] / u[...]).astype(y.dtype)
+        lse[...] = pallas.row(m[...] + jnp.log(u[...]))
+
+
+class Keys:
+    """A tile of keys and values, bad rows read as nan or as zeros."""
+
+    def __init__(self, k, v, index):
+        k, v = k[...].astype(jnp.float32), v[...].astype(jnp.float32)
+        bad = unsound(k) | unsound(v)
+        self.as_nan, self.k = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, k)
+        self.v, self.index = jnp.where(bad, 0, v), index[...]
+
+
+class Queries:
+    """The same of queries, with their cotangents and what the weights are made from."""
+
+    def __init__(self, q, dy, lse, delta):
+        q, dy = q[...].astype(jnp.float32), dy[...].astype(jnp.float32)
+        self.lse, self.delta = column(lse[...]), column(delta[...])
+        bad = unsound(q) | unsound(dy) | unsound(self.delta)
+        self.as_nan, self.q = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q)
+        self.dy = jnp.where(bad, 0, dy)
+
+
+def unsound(x):
+    """Which rows hold a non-finite number, (rows, 1)."""
+    finite = jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0)  # comparisons with nan are false
+    return jnp.max(finite, axis=1, keepdims=True) > 0
+
+
+def seen(first, last, index):
+    """Which keys (columns) each query (rows) may see."""
+    return (column(first[...]) <= index) & (index <= column(last[...])) & (index >= 0)
+
+
+def slope(scale, exact, queries, keys, see):
+    """The weights of one tile and the gradient to its scores, 0 where hidden."""
+    s = scale * dot(queries.as_nan, keys.as_nan, "tk,sk->ts", exact)
+    p = jnp.where(see, jnp.exp(s - queries.lse), 0)
+    ds = p * (dot(queries.dy, keys.v, "tv,sv->ts", exact) - queries.delta)
+    return p, jnp.where(see, ds, 0)
+
+
+def _rows_kernel(scale, exact, low, high, *refs):
+    """dq: all keys of one tile of queries."""
+    from jax.experimental import pallas as pl
+
+    q, k, v, dy, lse, delta, first, last, index, dq, total = refs
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(j < high[b, i] - low[b, i])
+    def _():
+        keys, queries = Keys(k, v, index), Queries(q, dy, lse, delta)
+        _, ds = slope(scale, exact, queries, keys, seen(first, last, keys.index))
+        total[...] += dot(ds, keys.k, "ts,sk->tk", exact)
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        dq[...] = scale * total[...]
+
+
+def _columns_kernel(scale, exact, tiles, low, high, *refs):
+    """dk, dv: all queries, of every head that reads it, of one tile of keys."""
+    from jax.experimental import pallas as pl
+
+    q, k, v, dy, lse, delta, first, last, index, dk, dv, total_k, total_v = refs
+    b, j, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(n == 0)
+    def _():
+        total_k[...], total_v[...] = jnp.zeros_like(total_k), jnp.zeros_like(total_v)
+
+    @pl.when(jax.lax.rem(n, np.int32(tiles)) < high[b, j] - low[b, j])
+    def _():
+        keys, queries = Keys(k, v, index), Queries(q, dy, lse, delta)
+        p, ds = slope(scale, exact, queries, keys, seen(first, last, keys.index))
+        total_k[...] += dot(ds, queries.q, "ts,tk->sk", exact)
+        total_v[...] += dot(p, queries.dy, "ts,tv->sv", exact)
+
+    @pl.when(n == pl.num_programs(3) - 1)
+    def _():
+        dk[...], dv[...] = scale * total_k[...], total_v[...]
+
+
+class Tiles:
+    """How a call is cut: tokens of a tile, number of tiles, and which tiles see each other."""
+
+    def __init__(self, block, q, k, first, last, kv_index):
+        (self.batch, time, self.heads), (source, self.groups) = q.shape[:3], k.shape[1:3]
+        self.t, self.s = tile_size(time, block), tile_size(source, block)
+        self.rows, self.columns = -(-time // self.t), -(-source // self.s)
+        interval, self.query_extent = xla._intervals(first, last, self.t)
+        index = xla._cut(kv_index, self.s, -1)
+        self.key_extent = xla._extent(index)
+        ends = interval[0].min(-1), interval[1].max(-1)
+        self.interval, self.ends = tuple(map(as_rows, interval)), ends
+        self.index = as_rows(index)
+
+    def tokens(self, x, tile):
+        """(B, T, heads, features) -> (B, heads, whole tiles, features)."""
+        padding = [(0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)]
+        return rearrange(jnp.pad(x, padding), "b t h k -> b h t k")
+
+    def numbers(self, x):
+        """(B, T, H) -> (B, H, tiles, 1, tokens)."""
+        return rearrange(xla._cut(x, self.t), "n b t h -> b h n 1 t")
+
+
+def tile_size(length, block):
+    """The size of the fewest tiles of at most `block`, a multiple of 16."""
+    even = -(-length // -(-length // block))
+    return -(-even // 16) * 16
+
+
+def as_rows(x):
+    """(tiles, B, tokens) -> (B, 1, tiles, 1, tokens)."""
+    return rearrange(x, "n b t -> b 1 n 1 t")
+
+
+def spans(extent, first, last):
+    """For each tile of one side the range of tiles of the other that it meets: two (B, tiles)."""
+    live = (extent[0][None] <= last[:, None]) & (extent[1][None] >= first[:, None])
+    low = jnp.argmax(live, axis=1).astype(jnp.int32)
+    high = live.shape[1] - jnp.argmax(live[:, ::-1], axis=1).astype(jnp.int32)
+    high = jnp.where(live.any(axis=1), high, low)
+    return low.T, high.T
+
+
+def _call(device, kernel, grid, span, inputs, outputs, scratch):
+    """A kernel over (rows, heads, tiles of one side, tiles of the other), with specs beside."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    call = pallas.tpu_call(
+        kernel,
+        device,
+        semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=[pl.BlockSpec(*spec) for spec, _ in inputs],
+            out_specs=[pl.BlockSpec(*spec) for spec, _ in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=[x for _, x in outputs],
+    )
+    return call(*span, *(x for _, x in inputs))
+
+
+def _within(low, high, b, i, j):
+    """The j-th tile of a range, the last one again for steps past its end."""
+    return jnp.minimum(low[b, i] + j, jnp.maximum(high[b, i] - 1, 0))
+
+
+def _by_rows(cut, K, V):
+    """Specs of a grid (row, head, tile of queries, step): (q, k, v, number, first, index)."""
+    ratio = np.int32(cut.heads // cut.groups)
+
+    def key(b, h, i, j, low, high):
+        return b, jax.lax.div(h, ratio), _within(low, high, b, i, j), 0
+
+    def row(b, h, i, j, low, high):
+        return b, h, i, 0
+
+    return {
+        "q": ((None, None, cut.t, K), row),
+        "y": ((None, None, cut.t, V), row),
+        "k": ((None, None, cut.s, K), key),
+        "v": ((None, None, cut.s, V), key),
+        "number": ((None, None, None, 1, cut.t), lambda *at: (*row(*at), 0)),
+        "bound": ((None, None, None, 1, cut.t), lambda b, h, i, *at: (b, 0, i, 0, 0)),
+        "index": (
+            (None, None, None, 1, cut.s),
+            lambda b, h, i, j, low, high: (b, 0, _within(low, high, b, i, j), 0, 0),
+        ),
+    }
+
+
+def _by_columns(cut, K, V):
+    """Specs of a grid (row, group, tile of keys, step over the group's heads and queries)."""
+    ratio, tiles = np.int32(cut.heads // cut.groups), np.int32(cut.rows)
+
+    def row(b, g, j, n, low, high):
+        i = _within(low, high, b, j, jax.lax.rem(n, tiles))
+        return b, g * ratio + jax.lax.div(n, tiles), i, 0
+
+    def key(b, g, j, n, low, high):
+        return b, g, j, 0
+
+    return {
+        "q": ((None, None, cut.t, K), row),
+        "y": ((None, None, cut.t, V), row),
+        "k": ((None, None, cut.s, K), key),
+        "v": ((None, None, cut.s, V), key),
+        "number": ((None, None, None, 1, cut.t), lambda *at: (*row(*at), 0)),
+        "bound": ((None, None, None, 1, cut.t), lambda b, *at: (b, 0, row(b, *at)[2], 0, 0)),
+        "index": ((None, None, None, 1, cut.s), lambda b, g, j, *at: (b, 0, j, 0, 0)),
+    }
+
+
+def _forward(how, q, k, v, first, last, kv_index):
+    device, scale, block, dtype = how
+    cut, (K, V) = Tiles(block, q, k, first, last, kv_index), (q.shape[3], v.shape[3])
+    at = _by_rows(cut, K, V)
+    numbers = cut.batch, cut.heads, cut.rows
+    y, lse = _call(
+        device,
+        partial(_forward_kernel, scale, q.dtype == jnp.float32),
+        (*numbers, cut.columns),
+        spans(cut.key_extent, *cut.ends),
+        [
+            (at["q"], cut.tokens(q, cut.t)),
+            (at["k"], cut.tokens(k, cut.s)),
+            (at["v"], cut.tokens(v, cut.s)),
+            *((at["bound"], x) for x in cut.interval),
+            (at["index"], cut.index),
+        ],
+        [
+            (at["y"], jax.ShapeDtypeStruct((*numbers[:2], cut.rows * cut.t, V), dtype)),
+            (at["number"], jax.ShapeDtypeStruct((*numbers, 1, cut.t), jnp.float32)),
+        ],
+        [(cut.t, 1), (cut.t, 1), (cut.t, V)],
+    )
+    y = rearrange(y, "b h t v -> b t h v")[:, : q.shape[1]]
+    lse = rearrange(lse, "b h n 1 t -> b (n t) h")[:, : q.shape[1]]
+    return (y, lse), (q, k, v, first, last, kv_index, y, lse)
+
+
+def _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index):
+    device, scale, block, _ = how
+    cut, (K, V) = Tiles(block, q, k, first, last, kv_index), (q.shape[3], v.shape[3])
+    tokens = ("q", "k", "v", "y", "number", "number", "bound", "bound", "index")
+    arrays = (
+        cut.tokens(q, cut.t),
+        cut.tokens(k, cut.s),
+        cut.tokens(v, cut.s),
+        cut.tokens(dy.astype(q.dtype), cut.t),
+        cut.numbers(lse),
+        cut.numbers(delta),
+        *cut.interval,
+        cut.index,
+    )
+    exact = q.dtype == jnp.float32
+
+    def zeros(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    at = _by_rows(cut, K, V)
+    (dq,) = _call(
+        device,
+        partial(_rows_kernel, scale, exact),
+        (cut.batch, cut.heads, cut.rows, cut.columns),
+        spans(cut.key_extent, *cut.ends),
+        [(at[name], x) for name, x in zip(tokens, arrays, strict=True)],
+        [(at["q"], zeros(cut.batch, cut.heads, cut.rows * cut.t, K))],
+        [(cut.t, K)],
+    )
+    at = _by_columns(cut, K, V)
+    dk, dv = _call(
+        device,
+        partial(_columns_kernel, scale, exact, cut.rows),
+        (cut.batch, cut.groups, cut.columns, cut.heads // cut.groups * cut.rows),
+        spans(cut.query_extent, *cut.key_extent),
+        [(at[name], x) for name, x in zip(tokens, arrays, strict=True)],
+        [(at[n], zeros(cut.batch, cut.groups, cut.columns * cut.s, w)) for n, w in (("k", K), ("v", V))],
+        [(cut.s, K), (cut.s, V)],
+    )
+    lengths = (q.shape[1], dq), (k.shape[1], dk), (k.shape[1], dv)
+    return tuple(rearrange(x, "b h t k -> b t h k")[:, :n] for n, x in lengths)
+
+
+def _backward(how, residuals, cotangents):
+    q, k, v, first, last, kv_index, y, lse = residuals
+    dy, dlse = cotangents
+    slope = q, k, v, dy, lse, xla.delta(y, dy, dlse), first, last, kv_index
+    dq, dk, dv = _gradients(how, *slope)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how, q, k, v, first, last, kv_index):
+    return _forward(how, q, k, v, first, last, kv_index)[0]
+
+
+_attention.defvjp(_forward, _backward)
