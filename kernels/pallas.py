@@ -52,12 +52,8 @@ def tpu_call(kernel, device: Target, *, semantics: Sequence[str], vmem: int | No
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    parameters = pltpu.CompilerParams(
-        dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem
-    )
-    call = pl.pallas_call(
-        kernel, compiler_params=parameters, interpret=device.interpret, **how
-    )
+    parameters = pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem)
+    call = pl.pallas_call(kernel, compiler_params=parameters, interpret=device.interpret, **how)
 
     def run(*args):
         with jax.enable_x64(False):

@@ -194,7 +194,12 @@ def _backward(how, residuals, cotangents):
     ds, dv, *carry = pallas.over_chunks(device, kernel, grid, inputs, outputs, scratch)
     dtop, dmass, dw = carry
     du = dmass - (dw * mean(*state[1:])).sum(-1, keepdims=True)
-    return ds, pallas.collect(dv, v.shape[:2]).astype(v.dtype), (dtop + state[1] * dmass, du, dw), None
+    return (
+        ds,
+        pallas.collect(dv, v.shape[:2]).astype(v.dtype),
+        (dtop + state[1] * dmass, du, dw),
+        None,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,8 +18,9 @@ from einops import rearrange
 
 from .. import dispatch, pallas
 from ..monoid import LOWEST
-from ..pallas import column, dot
-from . import xla
+from ..pallas import dot
+from . import decode_pallas_tpu, tiles, xla
+from .pallas_tpu_tiles import Keys, Queries, seen
 
 BLOCK = 512
 
@@ -32,13 +33,13 @@ def refuse(q, k, v, *rest):
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    how = dispatch.target(), scale, block or BLOCK, jnp.dtype(dtype)
+    how = dispatch.target(), scale, block, jnp.dtype(dtype)
     return _attention(how, q, k, v, first, last, kv_index)
 
 
 def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     """What these keys contribute to the gradients to q, k and v; see `attention_gradients`."""
-    how = dispatch.target(), scale, block or BLOCK, jnp.dtype(jnp.float32)
+    how = dispatch.target(), scale, block, jnp.dtype(jnp.float32)
     return _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index)
 
 
@@ -71,38 +72,6 @@ def _forward_kernel(scale, exact, low, high, q, k, v, first, last, kv_index, y, 
         lse[...] = pallas.row(m[...] + jnp.log(u[...]))
 
 
-class Keys:
-    """A tile of keys and values, bad rows read as nan or as zeros."""
-
-    def __init__(self, k, v, index):
-        k, v = k[...].astype(jnp.float32), v[...].astype(jnp.float32)
-        bad = unsound(k) | unsound(v)
-        self.as_nan, self.k = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, k)
-        self.v, self.index = jnp.where(bad, 0, v), index[...]
-
-
-class Queries:
-    """The same of queries, with their cotangents and what the weights are made from."""
-
-    def __init__(self, q, dy, lse, delta):
-        q, dy = q[...].astype(jnp.float32), dy[...].astype(jnp.float32)
-        self.lse, self.delta = column(lse[...]), column(delta[...])
-        bad = unsound(q) | unsound(dy) | unsound(self.delta)
-        self.as_nan, self.q = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q)
-        self.dy = jnp.where(bad, 0, dy)
-
-
-def unsound(x):
-    """Which rows hold a non-finite number, (rows, 1)."""
-    finite = jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0)  # comparisons with nan are false
-    return jnp.max(finite, axis=1, keepdims=True) > 0
-
-
-def seen(first, last, index):
-    """Which keys (columns) each query (rows) may see."""
-    return (column(first[...]) <= index) & (index <= column(last[...])) & (index >= 0)
-
-
 def slope(scale, exact, queries, keys, see):
     """The weights of one tile and the gradient to its scores, 0 where hidden."""
     s = scale * dot(queries.as_nan, keys.as_nan, "tk,sk->ts", exact)
@@ -133,7 +102,7 @@ def _rows_kernel(scale, exact, low, high, *refs):
         dq[...] = scale * total[...]
 
 
-def _columns_kernel(scale, exact, tiles, low, high, *refs):
+def _columns_kernel(scale, exact, steps, low, high, *refs):
     """dk, dv: all queries, of every head that reads it, of one tile of keys."""
     from jax.experimental import pallas as pl
 
@@ -144,7 +113,7 @@ def _columns_kernel(scale, exact, tiles, low, high, *refs):
     def _():
         total_k[...], total_v[...] = jnp.zeros_like(total_k), jnp.zeros_like(total_v)
 
-    @pl.when(jax.lax.rem(n, np.int32(tiles)) < high[b, j] - low[b, j])
+    @pl.when(jax.lax.rem(n, steps) < high[b, j] - low[b, j])
     def _():
         keys, queries = Keys(k, v, index), Queries(q, dy, lse, delta)
         p, ds = slope(scale, exact, queries, keys, seen(first, last, keys.index))
@@ -161,11 +130,11 @@ class Tiles:
 
     def __init__(self, block, q, k, first, last, kv_index):
         (self.batch, time, self.heads), (source, self.groups) = q.shape[:3], k.shape[1:3]
-        self.t, self.s = tile_size(time, block), tile_size(source, block)
+        self.t, self.s = tile_size(time, block or BLOCK), tile_size(source, block or BLOCK)
         self.rows, self.columns = -(-time // self.t), -(-source // self.s)
-        interval, self.query_extent = xla._intervals(first, last, self.t)
-        index = xla._cut(kv_index, self.s, -1)
-        self.key_extent = xla._extent(index)
+        interval, self.query_extent = tiles.intervals(first, last, self.t)
+        index = tiles.cut(kv_index, self.s, -1)
+        self.key_extent = tiles.extent(index)
         ends = interval[0].min(-1), interval[1].max(-1)
         self.interval, self.ends = tuple(map(as_rows, interval)), ends
         self.index = as_rows(index)
@@ -177,7 +146,7 @@ class Tiles:
 
     def numbers(self, x):
         """(B, T, H) -> (B, H, tiles, 1, tokens)."""
-        return rearrange(xla._cut(x, self.t), "n b t h -> b h n 1 t")
+        return rearrange(tiles.cut(x, self.t), "n b t h -> b h n 1 t")
 
 
 def tile_size(length, block):
@@ -189,15 +158,6 @@ def tile_size(length, block):
 def as_rows(x):
     """(tiles, B, tokens) -> (B, 1, tiles, 1, tokens)."""
     return rearrange(x, "n b t -> b 1 n 1 t")
-
-
-def spans(extent, first, last):
-    """For each tile of one side the range of tiles of the other that it meets: two (B, tiles)."""
-    live = (extent[0][None] <= last[:, None]) & (extent[1][None] >= first[:, None])
-    low = jnp.argmax(live, axis=1).astype(jnp.int32)
-    high = live.shape[1] - jnp.argmax(live[:, ::-1], axis=1).astype(jnp.int32)
-    high = jnp.where(live.any(axis=1), high, low)
-    return low.T, high.T
 
 
 def _call(device, kernel, grid, span, inputs, outputs, scratch):
@@ -274,6 +234,10 @@ def _by_columns(cut, K, V):
 
 def _forward(how, q, k, v, first, last, kv_index):
     device, scale, block, dtype = how
+    residuals = q, k, v, first, last, kv_index
+    if q.shape[1] == 1:
+        out = decode_pallas_tpu.attention(device, scale, block, dtype, *residuals)
+        return out, (*residuals, *out)
     cut, (K, V) = Tiles(block, q, k, first, last, kv_index), (q.shape[3], v.shape[3])
     at = _by_rows(cut, K, V)
     numbers = cut.batch, cut.heads, cut.rows
@@ -281,7 +245,7 @@ def _forward(how, q, k, v, first, last, kv_index):
         device,
         partial(_forward_kernel, scale, q.dtype == jnp.float32),
         (*numbers, cut.columns),
-        spans(cut.key_extent, *cut.ends),
+        tiles.spans(cut.key_extent, *cut.ends),
         [
             (at["q"], cut.tokens(q, cut.t)),
             (at["k"], cut.tokens(k, cut.s)),
@@ -297,7 +261,7 @@ def _forward(how, q, k, v, first, last, kv_index):
     )
     y = rearrange(y, "b h t v -> b t h v")[:, : q.shape[1]]
     lse = rearrange(lse, "b h n 1 t -> b (n t) h")[:, : q.shape[1]]
-    return (y, lse), (q, k, v, first, last, kv_index, y, lse)
+    return (y, lse), (*residuals, y, lse)
 
 
 def _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index):
@@ -324,7 +288,7 @@ def _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index):
         device,
         partial(_rows_kernel, scale, exact),
         (cut.batch, cut.heads, cut.rows, cut.columns),
-        spans(cut.key_extent, *cut.ends),
+        tiles.spans(cut.key_extent, *cut.ends),
         [(at[name], x) for name, x in zip(tokens, arrays, strict=True)],
         [(at["q"], zeros(cut.batch, cut.heads, cut.rows * cut.t, K))],
         [(cut.t, K)],
@@ -332,11 +296,14 @@ def _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index):
     at = _by_columns(cut, K, V)
     dk, dv = _call(
         device,
-        partial(_columns_kernel, scale, exact, cut.rows),
+        partial(_columns_kernel, scale, exact, np.int32(cut.rows)),
         (cut.batch, cut.groups, cut.columns, cut.heads // cut.groups * cut.rows),
-        spans(cut.query_extent, *cut.key_extent),
+        tiles.spans(cut.query_extent, *cut.key_extent),
         [(at[name], x) for name, x in zip(tokens, arrays, strict=True)],
-        [(at[n], zeros(cut.batch, cut.groups, cut.columns * cut.s, w)) for n, w in (("k", K), ("v", V))],
+        [
+            (at[n], zeros(cut.batch, cut.groups, cut.columns * cut.s, w))
+            for n, w in (("k", K), ("v", V))
+        ],
         [(cut.s, K), (cut.s, V)],
     )
     lengths = (q.shape[1], dq), (k.shape[1], dk), (k.shape[1], dv)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from ..monoid import LOWEST
+from . import tiles
 
 BLOCK = 128  # on one CPU core at T=2048, K=V=64 as fast as 256, and closer to a window's edges
-END = jnp.iinfo(jnp.int32).max
 
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
@@ -34,7 +34,7 @@ def _forward(q, k, v, first, last, kv_index, scale, block, dtype):
     sizes = _sizes(q, k, block)
     exact = jnp.promote_types(jnp.float32, q.dtype)
     keys, extent = _keys(k, v, kv_index, sizes[1])
-    interval, _ = _intervals(first, last, sizes[0])
+    interval, _ = tiles.intervals(first, last, sizes[0])
 
     def row(query):
         q, first, last = query
@@ -52,7 +52,7 @@ def _forward(q, k, v, first, last, kv_index, scale, block, dtype):
 
         m = jnp.full(q.shape[:-1], LOWEST, exact)
         empty = m, jnp.zeros_like(m), jnp.zeros((*m.shape, v.shape[3]), exact)
-        span = _span(*extent, first.min(-1), last.max(-1))
+        span = tiles.span(*extent, first.min(-1), last.max(-1))
         m, u, w = jax.lax.fori_loop(*span, column, empty)
         return jnp.where(u[..., None] == 0, 0, w / u[..., None]), m + jnp.log(u)
 
@@ -86,7 +86,7 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, delta
     queries = (*(_heads(x, groups, sizes[0]) for x in sides),)
     keys, key_extent = _keys(k, v, kv_index, sizes[1])
-    interval, query_extent = _intervals(first, last, sizes[0])
+    interval, query_extent = tiles.intervals(first, last, sizes[0])
 
     def tile(query, key):
         """The weights of one tile and the gradient to its scores, 0 where hidden."""
@@ -102,7 +102,7 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
             key = _tile(keys, j)
             return dq + _dot("bgrts,bgsk->bgrtk", tile(query, key)[1], key[1])
 
-        span = _span(*key_extent, query[-2].min(-1), query[-1].max(-1))
+        span = tiles.span(*key_extent, query[-2].min(-1), query[-1].max(-1))
         return jax.lax.fori_loop(*span, column, jnp.zeros(query[0].shape, exact))
 
     def column(key):
@@ -115,7 +115,7 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
 
         _, _, v, index = key
         zeros = jnp.zeros(key[0].shape, exact), jnp.zeros(v.shape, exact)
-        return jax.lax.fori_loop(*_span(*query_extent, *_extent(index)), row, zeros)
+        return jax.lax.fori_loop(*tiles.span(*query_extent, *tiles.extent(index)), row, zeros)
 
     dq = jax.lax.map(row, (*queries, *interval))
     dk, dv = (_join(x[:, :, :, None], k.shape[1]) for x in jax.lax.map(column, keys))
@@ -128,11 +128,11 @@ _attention.defvjp(_forward, _backward)
 def visits(first, last, kv_index, block=None):
     """How many tiles of scores a call computes: (in its forward, in its backward)."""
     sizes = _sizes(first, kv_index, block)
-    interval, query_extent = _intervals(first, last, sizes[0])
-    key_extent = _extent(_cut(kv_index, sizes[1], -1))
+    interval, query_extent = tiles.intervals(first, last, sizes[0])
+    key_extent = tiles.extent(tiles.cut(kv_index, sizes[1], -1))
 
     def total(extent, first, last):
-        low, high = jax.vmap(partial(_span, *extent))(first, last)
+        low, high = jax.vmap(partial(tiles.span, *extent))(first, last)
         return (high - low).sum()
 
     rows = total(key_extent, interval[0].min(-1), interval[1].max(-1))
@@ -154,26 +154,12 @@ def _see(first, last, index):
 
 def _sizes(q, k, block):
     """Tokens in a tile of queries and in one of keys."""
-    return _even(q.shape[1], block or BLOCK), _even(k.shape[1], block or BLOCK)
-
-
-def _even(length, block):
-    """The size of the fewest tiles of at most `block`, as equal as they can be."""
-    return -(-length // -(-length // block))
-
-
-def _cut(x, block, fill=0):
-    """(B, T, ...) -> (tiles, B, block, ...), the last tile filled up."""
-    rest = -x.shape[1] % block
-    if rest:
-        padding = [(0, rest) if axis == 1 else (0, 0) for axis in range(x.ndim)]
-        x = jnp.pad(x, padding, constant_values=fill)
-    return rearrange(x, "b (n t) ... -> n b t ...", t=block)
+    return tiles.even(q.shape[1], block or BLOCK), tiles.even(k.shape[1], block or BLOCK)
 
 
 def _heads(x, groups, block):
     """(B, T, H, ...) -> (tiles, B, G, R, block, ...)."""
-    return rearrange(_cut(x, block), "n b t (g r) ... -> n b g r t ...", g=groups)
+    return rearrange(tiles.cut(x, block), "n b t (g r) ... -> n b g r t ...", g=groups)
 
 
 def _join(x, length):
@@ -185,26 +171,9 @@ def _keys(k, v, index, block):
     """Tiles of (k, bad rows nan; k, bad rows 0; v, bad rows 0; index), and their extents."""
     bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1))[..., None]
     sides = jnp.where(bad, jnp.nan, k), jnp.where(bad, 0, k), jnp.where(bad, 0, v)
-    index = _cut(index, block, -1)
-    tiles = *(_heads(x, k.shape[2], block)[:, :, :, 0] for x in sides), index
-    return tiles, _extent(index)
-
-
-def _intervals(first, last, block):
-    """Tiles of the queries' intervals, those of the filling empty, and their extents."""
-    first, last = _cut(first, block, END), _cut(last, block, -1)
-    return (first, last), (first.min(-1), last.max(-1))
-
-
-def _extent(index):
-    """Least and greatest index of a tile's keys, empty slots not counted."""
-    return jnp.where(index < 0, END, index).min(-1), index.max(-1)
-
-
-def _span(low, high, first, last):
-    """The range of tiles, extents (tiles, B), that overlap an interval (B,) in any row."""
-    live = ((low <= last) & (high >= first)).any(-1)
-    return jnp.argmax(live), jnp.where(live.any(), live.size - jnp.argmax(live[::-1]), 0)
+    index = tiles.cut(index, block, -1)
+    keys = *(_heads(x, k.shape[2], block)[:, :, :, 0] for x in sides), index
+    return keys, tiles.extent(index)
 
 
 def _tile(tree, i):

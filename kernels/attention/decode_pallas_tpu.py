@@ -1,0 +1,109 @@
+"""One query a row against a cache, for TPUs: the cache is read once, as it lies.
+
+Keys (B, S, G, K) are read as (B, S G, K), so that no head's are moved: all heads of a row meet all
+keys of a tile, and a mask keeps each to its group. The extra products are free, for the matrix unit
+takes as long for the few heads of one group. A worker is a TPU core; `decode` deals the tiles.
+"""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+
+from .. import pallas
+from ..monoid import LOWEST
+from ..pallas import dot
+from . import decode, tiles
+from .pallas_tpu_tiles import Keys
+
+TILE = 256  # keys at a time; of every group
+CORES = {"TPU v4": 2, "TPU v5p": 2, "TPU v5": 2}  # that share a program; one where not named
+
+
+def _kernel(scale, exact, output, tile, slot, live, starts, first, last, *refs):
+    from jax.experimental import pallas as pl
+
+    del tile, slot
+    q, k, v, index, group, groups, m, u, w = refs
+    at = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(starts[at] > 0)
+    def _():
+        m[...] = jnp.full_like(m, LOWEST)
+        u[...] = jnp.zeros_like(u)
+        w[...] = jnp.zeros_like(w)
+
+    @pl.when(live[at] > 0)
+    def _():
+        row = output[at]
+        keys = Keys(k, v, index)
+        see = (first[row] <= keys.index) & (keys.index <= last[row]) & (keys.index >= 0)
+        see &= group[...] == groups[...]
+        s = jnp.where(see, scale * dot(q[...], keys.as_nan, "hk,sk->hs", exact), LOWEST)
+        top = jnp.maximum(m[...], jnp.max(s, axis=1, keepdims=True))
+        p, fade = jnp.where(see, jnp.exp(s - top), 0), jnp.exp(m[...] - top)
+        m[...] = top
+        u[...] = fade * u[...] + jnp.sum(p, axis=1, keepdims=True)
+        w[...] = fade * w[...] + dot(p, keys.v, "hs,sv->hv", exact)
+
+
+def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
+    """y (B, 1, H, V) and lse (B, 1, H) of queries (B, 1, H, K)."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (_, _, heads, K), (source, groups), V = q.shape, k.shape[1:3], v.shape[3]
+    size = min(block or TILE, -(-source // 16) * 16)
+    index = tiles.cut(kv_index, size, -1)
+    extent, (first, last) = tiles.extent(index), (first[:, 0], last[:, 0])
+    low, high = tiles.spans(extent, first[None], last[None])
+    most, workers = index.shape[0], CORES.get(device.kind, 1)
+    plan = decode.partition(low[:, 0], high[:, 0], workers, most)
+
+    def flat(x):
+        x = jnp.pad(x, [(0, 0), (0, most * size - source), (0, 0), (0, 0)])
+        return rearrange(x, "b s g k -> b (s g) k")
+
+    index = repeat(index, "n b s -> b n 1 (s g)", g=groups)
+    group = np.tile(np.arange(groups, dtype=np.int32), size)[None]
+    mine = np.repeat(np.arange(groups, dtype=np.int32), heads // groups)[:, None]
+
+    def row(w, s, output, *_):
+        return output[w, s], 0, 0
+
+    def keys(w, s, output, tile, *_):
+        return output[w, s], tile[w, s], 0
+
+    def part(w, s, output, tile, slot, *_):
+        return slot[w, s], 0, 0
+
+    def whole(w, s, *_):
+        return 0, 0
+
+    span = size * groups
+    call = pallas.tpu_call(
+        partial(_kernel, scale, q.dtype == jnp.float32),
+        device,
+        semantics=("parallel", "arbitrary"),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=7,
+            grid=plan.output.shape,
+            in_specs=[
+                pl.BlockSpec((None, heads, K), row),
+                pl.BlockSpec((None, span, K), keys),
+                pl.BlockSpec((None, span, V), keys),
+                pl.BlockSpec((None, None, 1, span), lambda *at: (*keys(*at), 0)),
+                pl.BlockSpec((1, span), whole),
+                pl.BlockSpec((heads, 1), whole),
+            ],
+            out_specs=[pl.BlockSpec((None, heads, n), part) for n in (1, 1, V)],
+        ),
+        out_shape=[pallas.shape(plan.used.shape[0], heads, n) for n in (1, 1, V)],
+    )
+    tables = plan.output, plan.tile, plan.slot, plan.live, plan.starts
+    numbers = (*(x.astype(jnp.int32) for x in tables), first, last)
+    m, u, w = call(*numbers, q[:, 0], flat(k), flat(v), index, group, mine)
+    m, u, w = decode.merge(plan, (m[..., 0], u[..., 0], w))
+    y = jnp.where(u[..., None] == 0, 0, w / u[..., None])
+    return y[:, None].astype(dtype), (m + jnp.log(u))[:, None]
