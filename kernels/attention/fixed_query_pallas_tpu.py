@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import dispatch, pallas
+from .. import dispatch, pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import column, index
 from ..pallas import dot as product
+from . import tiles
 
 CHUNK, LEAST = 128, 8
 
@@ -30,7 +31,8 @@ def refuse(q, k, v, *rest):
 def fixed_query(q, k, v, scale, state, reset, chunk):
     """The public function's arguments after its checks."""
     (time, groups), dtype = k.shape[1:3], jnp.result_type(q, k, v)
-    size = min(chunk or CHUNK, -(-time // LEAST) * LEAST)
+    chunk = chunk or tuned.size("fixed_query", "pallas_tpu", CHUNK, **tiles.features(k, v))
+    size = min(chunk, -(-time // LEAST) * LEAST)
     padding = -time % size
 
     def pad(x):

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import pallas
+from .. import pallas, tuned
 from ..pallas import index
+from .xla import features
 
 CHUNK = 128
 STATES = 1 << 20  # numbers in the backward's states of a chunk: 4 MiB
@@ -46,7 +47,8 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
     (batch, time, width), N = u.shape, A.shape[1]
     tile, states, channels = _tile(u, delta), _up(N, 8), _up(width, LANES)
     most = STATES // (LANES * states) // tile * tile
-    size = min(chunk or min(CHUNK, most), _up(time, tile))
+    chunk = chunk or tuned.size("selective_scan", "pallas_tpu", min(CHUNK, most), **features(u, A))
+    size = min(chunk, _up(time, tile))
     block = max(b for b in (LANES, 2 * LANES, 4 * LANES) if channels % b == 0 and _fits(states, b))
 
     def pad(x, **to):

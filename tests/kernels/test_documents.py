@@ -50,7 +50,6 @@ OPS = tuple(
     f"{op}-{how}"
     for op in ("vector", "scalar", "constant", "selective")
     for how in ("reference", "associative", "xla", "pallas_tpu")
-    if (op, how) != ("selective", "pallas_tpu")
 )
 READERS = ("q", "C")  # a reader spoils its own token, the others all after it too
 INPUTS = [(op, name) for op in OPS for name in draw(op)[0]]

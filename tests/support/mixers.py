@@ -220,7 +220,7 @@ MIXERS = (
         draw_selective,
         run_selective,
         mean_selective,
-        REFERENCES + CHUNKS,
+        SCHEDULES,
         ("delta", "A", "state"),
     ),
     Mixer("aaren", draw_fixed_query, run_fixed_query, mean_fixed_query, SCHEDULES),
