@@ -5,9 +5,9 @@ the decay between them is exp of two sums of non-positive logs, so nothing overf
 cancels. The sums are made by rolls, a level from the one below. A scalar decay needs no tree: the
 matrix of all segment sums of a chunk is a running sum down its rows.
 
-Arrays are (B, heads, T, features), numbers of a token (B, heads, T / C, 1, C), states (V, K), so that
-the decays of keys are a row. The backward runs the grid from the last chunk to the first; it makes
-the decays again and reads the states that the forward kept, one a chunk.
+Arrays are (B, heads, T, features), a token's numbers (B, heads, T / C, 1, C), states (V, K), where
+decays of keys are a row. The backward runs the grid from the last chunk to the first; it makes the
+decays again and reads the states that the forward kept, one a chunk.
 """
 
 from functools import partial
