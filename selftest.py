@@ -40,6 +40,8 @@ CHUNK = 16
 LOG_DECAYS = 0.0, -1e-4, -1.0, -30.0, -200.0
 BARS = {"float32": (1e-5, 1e-4), "bfloat16": (0.005, None)}
 WIDE = ("state", "log_decay", "A", "D")  # never in less than float32
+DEFINITIONS = ("reference", "associative")  # in float32 only
+TPU_KERNELS = ("pallas_tpu", "megablox")
 INTERPRETED = dispatch.Target("tpu", "TPU v5 lite", interpret=True)
 Case = tuple[str, str, dict[str, np.ndarray], dict[str, Any]]
 
@@ -159,13 +161,15 @@ def rows(problem: Problem, over: Any) -> Iterator[tuple[str, str, Callable | Non
     """(implementation, where, what to run or None, under which context, why not)."""
     here = dispatch.target()
     for name in IMPLEMENTATIONS[problem.op]:
+        if problem.dtype != "float32" and name in DEFINITIONS:
+            continue
         reason = problem.refusal(name)
         if reason is None:
             yield name, here.kind, problem.call(name), dispatch.on(here), ""
             continue
         yield name, here.kind, None, dispatch.on(here), reason
         with dispatch.on(INTERPRETED):
-            interpreted = name == "pallas_tpu" and problem.refusal(name) is None
+            interpreted = name in TPU_KERNELS and problem.refusal(name) is None
         if interpreted and here.platform == "cpu":
             yield name, "interpreted", problem.call(name), dispatch.on(INTERPRETED), ""
     if over is not None and hasattr(ops, problem.op):

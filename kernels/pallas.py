@@ -36,7 +36,7 @@ def no_hopper(*arrays: Any) -> str | None:
 
 def describe(device: Target) -> str:
     """A device in an error's words."""
-    return device.platform if device.kind in ("", device.platform) else f"a {device.kind}"
+    return device.kind or device.platform
 
 
 def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:

@@ -6,9 +6,10 @@ from scanax.kernels.dispatch import Target, on
 
 TPU = Target("tpu", "TPU v5 lite")
 HOPPER = Target("gpu", "NVIDIA H200", "9.0")
+TPU_KERNELS = ("pallas_tpu", "megablox")
 INTERPRETED = Target("tpu", "TPU v5 lite", interpret=True)
 
 
 def tracing(implementation):
     """Where a named implementation is traced: a kernel for TPUs through the interpreter."""
-    return on(INTERPRETED) if implementation == "pallas_tpu" else contextlib.nullcontext()
+    return on(INTERPRETED) if implementation in TPU_KERNELS else contextlib.nullcontext()
