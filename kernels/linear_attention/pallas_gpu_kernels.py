@@ -124,6 +124,7 @@ def walk(device, q, k, v, rows, whole, state, scores=None, *, reverse=False, kee
 
             @pl.when(n + 2 < chunks)
             def _():
+                gpu.commit_smem()  # what was read here by threads is written by copies
                 fetch(n + 2, slot)
 
             return S
@@ -223,6 +224,7 @@ def gradients(device, q, k, v, dy, rows, before, after, *, given):
             of_q = times(warps.down(rows.at[READ]), warps.dot("iv,kv->ik", dy, S))
             of_k = times(warps.down(rows.at[GIVE]), warps.dot("jv,kv->jk", v, dS))
             if number + 1 < len(slices(width)):
+                gpu.commit_smem()
                 fetch(slices(width)[number + 1])
             if not given:
                 reads = jnp.sum(warps.tile(q_part) * of_q, axis=1)
