@@ -4,11 +4,11 @@ The maths is that of `xla.py`. The walk (`pallas_gpu_kernels.walk`) reads the bf
 and v where the caller has them, computes the scores of scalar decays itself, and writes y; the
 backward is the same walk from the last chunk to the first, which makes dv and every chunk's
 gradient of the state, and then a second kernel that takes each chunk by itself. What is left to XLA
-is small for scalar decays (sums of logs, five numbers a token) and large for vector ones: their
+is small for scalar decays (sums of logs, six numbers a token) and large for vector ones: their
 scores and their decayed queries and keys are made by `xla.Chunk`, some chunks at a time.
 
 Bytes a token and head, of K keys and V values: a scalar forward reads 4 K and 2 V and writes 2 V,
-the least there is, and 20 + K / 16 of decays; read again, from the L2 cache, by each 64 values.
+the least there is, and 24 + K / 16 of decays; read again, from the L2 cache, by each 64 values.
 When differentiated it keeps K V / 32 of states; the backward reads and writes that once more each
 for the states' gradient. Vector decays add 4 C + 12 K of prepared tiles. Products a token: 2 K C
 for the scores of each 64 values, 2 C V inside the chunk and 4 K V with the state.
@@ -93,12 +93,16 @@ def scalar(log, reset, width):
     """rows and whole, as the kernels want them, of logs (B, T, H, 1) for `width` keys."""
     c, batch = decays(log, reset), log.shape[0]
     high, low = two_floats(by_head(split(log))[..., 0])
-    document = jnp.zeros_like(high)
+    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    first, last = jnp.zeros_like(place), jnp.full_like(place, CHUNK - 1)
     if reset is not None:
-        begun = jnp.cumsum(split(reset), axis=1, dtype=jnp.float32)
-        document = jnp.broadcast_to(begun[:, None], high.shape)
+        begins = split(reset)
+        first = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)[:, None]
+        ends = jnp.pad(begins[:, 1:], [(0, 0), (0, 1)], constant_values=True)
+        last = jax.lax.cummin(jnp.where(ends, place, CHUNK), axis=1, reverse=True)[:, None]
+    first, last = (jnp.broadcast_to(x, high.shape).astype(high.dtype) for x in (first, last))
     read, give = c.only("first", c.from_start)[..., 0], c.only("last", c.to_end)[..., 0]
-    rows = jnp.stack([read, give, high, low, document], axis=2)
+    rows = jnp.stack([read, give, high, low, first, last], axis=2)
     whole = jnp.repeat(c.unbroken(c.whole)[..., 0], width, axis=2)
     return by_chunk(rows, batch), by_chunk(whole, batch)
 

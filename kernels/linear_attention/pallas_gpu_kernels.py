@@ -3,9 +3,9 @@
 Arrays are (B, T, heads, features) as the caller has them, chunks of them (B, N, H, ...). `rows`
 (B, N, H, R, C) holds, for each token, how much it reads of the state before its chunk and how much
 it gives to the state after it; then, if the scores are computed here, its decay since the chunk's
-start as a sum of two floats and the number of its document. Scores that come given are decayed
-already, and so are their queries and keys: then the first two rows are 1 or 0, in the document or
-not.
+start as a sum of two floats, and the first and last place of its document in the chunk. Scores that
+come given are decayed already, and so are their queries and keys: then the first two rows are 1 or
+0, in the document or not.
 """
 
 import jax
@@ -17,7 +17,7 @@ from .. import hopper
 from ..hopper import TILE, Warpgroup, tiles
 
 CHUNK = TILE
-READ, GIVE, HIGH, LOW, DOCUMENT = range(5)
+READ, GIVE, HIGH, LOW, FIRST, LAST = range(6)
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
@@ -39,9 +39,9 @@ def weights(warps, rows, reverse):
 
     A row sees itself and what comes before it in its document, in `reverse` what comes after.
     """
-    i, j = (warps.index((CHUNK, CHUNK), axis) for axis in (0, 1))
-    seen = (i <= j) if reverse else (i >= j)
-    seen &= warps.down(rows.at[DOCUMENT]) == warps.across(rows.at[DOCUMENT])
+    i, j = (warps.index((CHUNK, CHUNK), axis).astype(jnp.float32) for axis in (0, 1))
+    limit = warps.down(rows.at[LAST if reverse else FIRST])
+    seen = (i <= j) & (j <= limit) if reverse else (i >= j) & (j >= limit)
     high = warps.down(rows.at[HIGH]) - warps.across(rows.at[HIGH])
     low = warps.down(rows.at[LOW]) - warps.across(rows.at[LOW])
     between = -(high + low) if reverse else high + low
