@@ -91,18 +91,23 @@ def walk(device, q, k, v, rows, whole, state, scores=None, *, reverse=False, kee
             for source, at, buffer in zip(sources, where, slots, strict=True):
                 gpu.copy_gmem_to_smem(source.at[at], buffer.at[slot], ready.at[slot])
 
+        def passed(whole, k, v, where, block):
+            after = times(warps.down(whole.at[where]), block)
+            after += warps.dot("jk,jv->kv", k.at[:, where], v)
+            return jax.lax.optimization_barrier(after)  # one block at a time: fewer registers
+
         def step(n, S):
             slot = jax.lax.rem(n, jnp.int32(2))
             gpu.barrier_wait(ready.at[slot])
             q, k, v, rows, whole, *scores = (buffer.at[slot] for buffer in slots)
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `before` and `out` have left
-            for where, block in zip(parts, S, strict=True):
-                before.at[where][...] = block.astype(jnp.bfloat16)
             if not given:
                 scores = [out]
                 weight, seen = weights(warps, rows, reverse)
                 inside = warps.dot("ik,jk->ij", q, k) * weight
                 out[...] = jnp.where(seen, inside, jnp.float32(0)).astype(jnp.bfloat16)
+            for where, block in zip(parts, S, strict=True):
+                before.at[where][...] = block.astype(jnp.bfloat16)
             gpu.commit_smem()
             if keep:
                 states = kept[0].at[row, place(n), head, :, values]
@@ -117,9 +122,7 @@ def walk(device, q, k, v, rows, whole, state, scores=None, *, reverse=False, kee
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(out, y.at[tokens(n, head, 1, values)])
             S = tuple(
-                times(warps.down(whole.at[where]), block)
-                + warps.dot("jk,jv->kv", k.at[:, where], v)
-                for where, block in zip(parts, S, strict=True)
+                passed(whole, k, v, where, block) for where, block in zip(parts, S, strict=True)
             )
 
             @pl.when(n + 2 < chunks)
