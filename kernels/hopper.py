@@ -20,8 +20,9 @@ TILE = 64  # rows of a tensor core product, and the bfloat16 of a swizzled line 
 
 def call(kernel, device: Target, **how):
     """`gpu.kernel` compiled, or interpreted where the target says so."""
-    how["compiler_params"] = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Lane)
-    launch = gpu.kernel(kernel, interpret=device.interpret, **how)
+    # The other semantics, the default since JAX 0.11, finds no layouts for kernels like these.
+    lane = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Lane)
+    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=lane, **how)
 
     def run(*args):
         with jax.enable_x64(False):

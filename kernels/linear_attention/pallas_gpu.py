@@ -7,11 +7,13 @@ gradient of the state, and then a second kernel that takes each chunk by itself.
 is small for scalar decays (sums of logs, six numbers a token) and large for vector ones: their
 scores and their decayed queries and keys are made by `xla.Chunk`, some chunks at a time.
 
-Bytes a token and head, of K keys and V values: a scalar forward reads 4 K and 2 V and writes 2 V,
-the least there is, and 24 + K / 16 of decays; read again, from the L2 cache, by each 64 values.
-When differentiated it keeps K V / 32 of states; the backward reads and writes that once more each
-for the states' gradient. Vector decays add 4 C + 12 K of prepared tiles. Products a token: 2 K C
-for the scores of each 64 values, 2 C V inside the chunk and 4 K V with the state.
+Bytes a token and head, of K keys and V values. A scalar forward reads 4 K + 2 V and writes 2 V, the
+least there is, and 24 + K / 16 of decays beside; each 64 values read q and k again, from the cache.
+When differentiated it keeps K V / 32 of states. The backward moves 12 K + 8 V, and the states and
+their gradients three times K V / 32; the least without states is 8 K + 6 V. Vector decays add
+12 K + 4 C of tiles, and what XLA leaves in memory between its products of the six levels.
+Operations: 2 K C for the scores of each 64 values, 2 C V inside the chunk, 4 K V with the state; in
+the backward that once more and 6 K C + 2 C V + 4 K V. No more than half of C x C is of use.
 """
 
 from functools import partial
