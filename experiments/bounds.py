@@ -62,7 +62,7 @@ def measured() -> Device:
     return Device(2 * 1024**3 / multiply, 2 * y.nbytes / min(spent[1:]))
 
 
-def least(device: Device, flops: float, arguments: Any, outputs: Any) -> tuple[float, float]:
+def least(device: Device, flops: int, arguments: Any, outputs: Any) -> tuple[float, float]:
     """Seconds of a forward pass of `flops` operations, and of it with the backward pass.
 
     Forward reads the inputs once and writes the outputs once; backward reads the inputs and the

@@ -220,7 +220,7 @@ def row(case: Case, name: str, config: Tune, file: Path, written: set[str]) -> I
             return
     own = {key: default for key, default in asked.items() if key.startswith(f"{case.op} |")}
     if len(own) != 1:
-        yield f"{where}: it looks up {len(own) or 'no'} sizes of its own, and is passed over"
+        yield f"{where}: passed over, since it looks up {len(own) or 'no'} sizes of its own"
         return
     ((key, default),) = own.items()
     if key in written:
