@@ -52,10 +52,10 @@ def measured() -> Device:
     """
     x, y = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 25, jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
-    multiply = min(timing.seconds(lambda: product(x)) for _ in range(5))
+    multiply = min(timing.seconds(lambda: product(x)) for _ in range(10))
     stream = jax.jit(lambda y: y + 1, donate_argnums=0)  # into memory that there is already
     spent = []
-    for _ in range(6):
+    for _ in range(11):
         begun = time.perf_counter()
         y = jax.block_until_ready(stream(y))
         spent.append(time.perf_counter() - begun)

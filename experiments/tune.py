@@ -58,7 +58,8 @@ class Tune:
     batch: int = 2
     """Rows."""
     heads: int = 4
-    """Heads, all with keys of their own; the selective scan has 2 heads x width channels."""
+    """Heads, all with keys of their own; what decoding looks up depends on it, and the selective
+    scan has 2 heads x width channels."""
     length: int = 2048
     """Tokens a row; no entry depends on it."""
     repeats: int = 5
@@ -191,7 +192,7 @@ def tune(config: Tune, file: Path) -> None:
         flush=True,
     )
     said: set[str] = set()
-    tuned_keys: set[str] = set()
+    written: set[str] = set()
     wanted = itertools.product(config.ops, config.dtypes, config.widths)
     cases = (
         case for op, dtype, width in wanted for case in OPS[op](config, width, jnp.dtype(dtype))
@@ -200,12 +201,12 @@ def tune(config: Tune, file: Path) -> None:
         for name in NAMES:
             if name not in sys.modules[case.public.__module__].IMPLEMENTATIONS:
                 continue
-            for line in row(case, name, config, file, tuned_keys):
+            for line in row(case, name, config, file, written):
                 if line not in said:
                     print(line, flush=True)
                 said.add(line)
-    print(f"written to {file}" if tuned_keys else "nothing was written")
-    if tuned_keys and file != tuned.path().absolute():
+    print(f"written to {file}" if written else "nothing was written")
+    if written and file != tuned.path().absolute():
         print(f"kernels read it where SCANAX_TILES={file}")
 
 
@@ -269,7 +270,6 @@ def program(case: Case, name: str, size: int | None) -> Callable:
 
 def prepared(case: Case, name: str, size: int) -> Callable[[], float]:
     """What times a call of this size; the call has run once."""
-
     call = timing.compiled(program(case, name, size), case.arguments)
     call = functools.partial(call, *case.arguments)
     jax.block_until_ready(call())
