@@ -85,4 +85,5 @@ class Warpgroup:
             gpu.wgmma(total, x, y)
             return total[...]
 
-        return pl.run_scoped(multiply, gpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+        total = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+        return pl.run_scoped(multiply, total((x.shape[0], y.shape[1]), jnp.float32))

@@ -47,7 +47,7 @@ def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:
     return f"it takes {' or '.join(jnp.dtype(d).name for d in allowed)}, not {dtype}"
 
 
-def tpu_call(kernel, device: Target, *, semantics: Sequence[str], vmem: int | None = None, **how):
+def tpu_call(kernel, device: Target, *, semantics: Any, vmem: int | None = None, **how):
     """`pl.pallas_call` for the TPU; `semantics` of each grid axis, "parallel" or "arbitrary"."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu

@@ -57,12 +57,10 @@ def table(file: Path) -> dict[str, int]:
     if not file.exists():
         return {}
     try:
-        entries = json.loads(file.read_text())
-    except ValueError:
-        entries = None
-    sound = isinstance(entries, dict) and all(
-        type(entry) is int and entry > 0 for entry in entries.values()
-    )
+        entries = dict(json.loads(file.read_text()))
+        sound = all(type(entry) is int and entry > 0 for entry in entries.values())
+    except (ValueError, TypeError):
+        sound = False
     if not sound:
         raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")
     return entries

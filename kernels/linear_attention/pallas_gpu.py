@@ -17,6 +17,7 @@ the backward that once more and 6 K C + 2 C V + 4 K V. No more than half of C x 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +209,7 @@ def _collect(d, x):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(device, q, k, v, log, state, reset):
+def _chunkwise(device, q, k, v, log, state, reset) -> Any:
     return _forward(device, q, k, v, log, state, reset, keep=False)[0]
 
 

@@ -14,6 +14,7 @@ nan. What is padded, tokens, channels or states, has delta, A, B and C zero, whi
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +287,7 @@ def _backward(device, plan, residuals, cotangents):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(device, plan, u, delta, A, B, C, D, state, reset):
+def _scan(device, plan, u, delta, A, B, C, D, state, reset) -> Any:
     """u, delta (B, T, D); A (N, D); B, C (B, T / C, N, C); D (1, D); state (B, N, D)."""
     return _forward(device, plan, u, delta, A, B, C, D, state, reset, keep=False)[0]
 
