@@ -56,6 +56,7 @@ def table(file: Path) -> dict[str, int]:
     """All entries of a file, read once a process; none if there is no file."""
     if not file.exists():
         return {}
+    entries: dict[str, int] = {}
     try:
         entries = dict(json.loads(file.read_text()))
         sound = all(type(entry) is int and entry > 0 for entry in entries.values())

@@ -101,14 +101,12 @@ def both(q, k, v, log_decay, state, reset):
     return out, pull(jax.tree.map(jnp.ones_like, out))
 
 
-SIZES = [(kind, K, V) for kind in ("scalar", "vector") for K in (64, 128, 256) for V in (64, 256)]
-
-
-@pytest.mark.parametrize(("kind", "K", "V"), [("constant", 128, 128), *SIZES])
-def test_it_is_lowered_for_cuda(kind, K, V):
+@pytest.mark.parametrize(("K", "V"), [(64, 256), (256, 64)])
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_keys_and_values_of_unequal_widths_lower(kind, K, V):
     """In long rows, its shared memory counted: it is what a Hopper GPU runs unasked."""
     B, T, H = 2, 8192, 4
-    shapes = {"constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
+    shapes = {"scalar": (B, T, H), "vector": (B, T, H, K)}
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -127,7 +125,7 @@ def test_it_is_lowered_for_cuda(kind, K, V):
     ("change", "device", "message"),
     [
         ({}, dispatch.Target("cpu", "cpu"), "it runs on Hopper GPUs .*, and this is cpu"),
-        ({}, dispatch.Target("gpu", "NVIDIA A100", "8.0"), "this is a NVIDIA A100"),
+        ({}, dispatch.Target("gpu", "NVIDIA A100", "8.0"), "this is NVIDIA A100"),
         ({"dtype": jnp.float32}, H200, "it takes bfloat16, not float32"),
         ({"key": 96}, H200, "its key widths are multiples of 64 up to 256, not 96"),
         ({"value": 320}, H200, "its value widths are multiples of 64 up to 256, not 320"),
