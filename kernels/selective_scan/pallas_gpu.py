@@ -4,10 +4,11 @@ The equations are those of `xla.py`. There is no product of matrices to be made 
 another for each channel and state), so tokens go one after another, as in `pallas_tpu.py`: what
 limits the kernels is the exponentials, N a token and channel forward and 2 N backward, 16 a clock.
 
-Bytes a token and channel: forward u, delta and y, 6, the least there is; B and C are read again for
-each 128 channels, N / 32. When differentiated a state is kept for every CHUNK tokens, N / 4 bytes.
-Backward u, delta, dy and two gradients, 10, the kept states, N / 4, and N / 32 of B and C and N / 8
-of their gradients, written for each 128 channels and then summed.
+Bytes a token and channel, with delta in float32 as Mamba has it: forward u, delta and y, 8, the
+least there is; B and C are read again for each 128 channels, N / 32. When differentiated a state is
+kept for every CHUNK tokens, N / 4 bytes. Backward u, delta, dy and two gradients, 14; the kept
+states, N / 4; B and C, N / 32, and their gradients, N / 16, written for each 128 channels and then
+summed.
 """
 
 from functools import partial
@@ -30,8 +31,10 @@ backward = late(f"{__package__}.pallas_gpu_kernels", "backward")
 def refuse(u, delta, A, B, C, D, state, reset, chunk):
     """Why not, or None."""
     del D, state, reset
-    if reason := pallas.no_hopper(u, delta, B, C):
+    if reason := pallas.no_hopper(u, B, C):
         return reason
+    if reason := pallas.wrong_dtype([delta], (jnp.float32, jnp.bfloat16)):
+        return f"of delta {reason}"
     states = A.shape[1]
     if states > STATES:
         return f"its states are up to N={STATES} numbers a channel, not {states}"
@@ -85,10 +88,9 @@ def _forward(device, size, u, delta, A, B, C, D, state, begins):
 
 def _backward(device, size, residuals, cotangents):
     *inputs, starts, begins = residuals
-    u, delta, A, B, C, D = inputs
     gradients = backward(device, size, *inputs, starts, *cotangents, begins)
     du, d_delta, dA, dB, dC, dD, d_state = gradients
-    dB, dC = (d.sum(axis=1).astype(x.dtype) for d, x in ((dB, B), (dC, C)))
+    dB, dC = (d.sum(axis=1).astype(du.dtype) for d in (dB, dC))
     return du, d_delta, dA.sum(axis=0), dB, dC, dD.sum(axis=0), d_state, None
 
 

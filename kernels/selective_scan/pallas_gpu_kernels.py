@@ -1,9 +1,9 @@
 """The kernels of `pallas_gpu.py`: tokens one after another, a channel's states in one thread.
 
 u, delta and y are (B, T, D), B and C (B, T, N), states (B, D, N) in float32; A comes with log2(e)
-in it, so that exp2(delta A) is a decay; `begins` (B, T / C, 32) says which of a chunk's tokens begin
-a document. A program takes one row and 128 channels, a thread each; the tiles of the next chunk are
-copied while this one is computed.
+in it, so that exp2(delta A) is a decay; `begins` (B, T / C, 32) says which of a chunk's tokens
+begin a document. A program takes one row and 128 channels, a thread each; the tiles of the next
+chunk are copied while this one is computed.
 """
 
 import inspect
@@ -17,13 +17,20 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 CHANNELS = 128  # threads of a warpgroup
 LN2 = math.log(2)
 VECTOR = 4
+UNROLL = 4
 LAYOUT = gpu.Layout.TCGEN05_TMEM_NATIVE(VECTOR)  # of (CHANNELS, N): a row a thread
 
 
-def call(kernel, device, **how):
-    """`gpu.kernel` compiled, or interpreted where the target says so."""
+def call(kernel, device, *, barriers, **how):
+    """`gpu.kernel` compiled, or interpreted where the target says so.
+
+    Without `barriers` around what the threads load and store, shared memory that a thread writes is
+    read by copies alone.
+    """
     how["compiler_params"] = gpu.CompilerParams(
-        approx_math=True, lowering_semantics=gpu.LoweringSemantics.Lane
+        approx_math=True,
+        lowering_semantics=gpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=not barriers,
     )
     launch = gpu.kernel(kernel, interpret=device.interpret, grid_names=("row", "channels"), **how)
 
@@ -145,15 +152,18 @@ def forward(device, size, u, delta, A, B, C, D, state, begins=None, *, keep):
                 threads.to_global(starts[0].at[row, n, channels], h)
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `out` has left
 
-            def token(t, h):
-                u_, delta_ = threads.channels(u.at[t]), threads.channels(delta.at[t])
-                h = jnp.exp2(threads.down(delta_) * A) * kept(begins, t, h)
-                h += threads.down(delta_ * u_) * threads.across(B.at[t])
-                read = jnp.sum(h * threads.across(C.at[t]), axis=1) + D * u_
-                out.at[t][...] = read.astype(out.dtype)
+            def group(i, h):  # loads before stores, so that tokens can overlap
+                read = []
+                for t in (i * UNROLL + j for j in range(UNROLL)):
+                    u_, delta_ = threads.channels(u.at[t]), threads.channels(delta.at[t])
+                    h = jnp.exp2(threads.down(delta_) * A) * kept(begins, t, h)
+                    h += threads.down(delta_ * u_) * threads.across(B.at[t])
+                    read.append(jnp.sum(h * threads.across(C.at[t]), axis=1) + D * u_)
+                for j, y_ in enumerate(read):
+                    out.at[i * UNROLL + j][...] = y_.astype(out.dtype)
                 return h
 
-            h = jax.lax.fori_loop(0, size, token, h)
+            h = jax.lax.fori_loop(0, size // UNROLL, group, h)
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(out, y.at[row, pl.ds(n * size, size), channels])
             return h
@@ -169,6 +179,7 @@ def forward(device, size, u, delta, A, B, C, D, state, begins=None, *, keep):
     run = call(
         kernel,
         device,
+        barriers=False,
         out_type=outputs,
         scratch_types=[tiles, gpu.SMEM((size, CHANNELS), u.dtype), ready],
         grid=(batch, width // CHANNELS),
@@ -269,6 +280,7 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
     run = call(
         kernel,
         device,
+        barriers=True,
         out_type=outputs,
         scratch_types=[tiles, outs, before, ready],
         grid=(batch, width // CHANNELS),
