@@ -6,8 +6,8 @@ limits the kernels is the exponentials, N a token and channel forward and 2 N ba
 
 Bytes a token and channel, with delta in float32 as Mamba has it: forward u, delta and y, 8, the
 least there is; B and C are read again for each 128 channels, N / 32. When differentiated a state is
-kept for every CHUNK tokens, N / 4 bytes. Backward u, delta, dy and two gradients, 14; the kept
-states, N / 4; B and C, N / 32, and their gradients, N / 16, written for each 128 channels and then
+kept for every 12 tokens, N / 3 bytes. Backward u, delta, dy and two gradients, 14; the kept
+states, N / 3; B and C, N / 32, and their gradients, N / 16, written for each 128 channels and then
 summed.
 """
 
@@ -20,8 +20,7 @@ from .. import pallas
 from ..dispatch import late
 
 CHANNELS = 128
-CHUNK, STATES = 16, 32
-MOST = 256  # tokens times states of a chunk, of which the backward keeps all in shared memory
+CHUNK = {16: 12, 32: 8}  # tokens, all of whose states the backward has in shared memory
 LOG2E = 1.4426950408889634
 
 forward = late(f"{__package__}.pallas_gpu_kernels", "forward")
@@ -36,10 +35,11 @@ def refuse(u, delta, A, B, C, D, state, reset, chunk):
     if reason := pallas.wrong_dtype([delta], (jnp.float32, jnp.bfloat16)):
         return f"of delta {reason}"
     states = A.shape[1]
-    if states > STATES:
-        return f"its states are up to N={STATES} numbers a channel, not {states}"
-    if chunk not in (None, _chunk(states)):
-        return f"its chunks are of {_chunk(states)} tokens for N={states}, not {chunk}"
+    if states > max(CHUNK):
+        return f"its states are up to N={max(CHUNK)} numbers a channel, not {states}"
+    size = CHUNK[_up(states, 16)]
+    if chunk not in (None, size):
+        return f"its chunks are of {size} tokens for N={states}, not {chunk}"
     return None
 
 
@@ -47,7 +47,8 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
     """The public function's arguments after its checks."""
     del chunk
     (batch, time, width), N = u.shape, A.shape[1]
-    size, states, channels = _chunk(N), _up(N, 8), _up(width, CHANNELS)
+    states, channels = _up(N, 16), _up(width, CHANNELS)
+    size = CHUNK[states]
     tokens = _up(time, size)
 
     def pad(x, *to):
@@ -76,10 +77,6 @@ def _up(n, multiple):
     return n + -n % multiple
 
 
-def _chunk(states):
-    return min(CHUNK, MOST // _up(states, 16))
-
-
 def _forward(device, size, u, delta, A, B, C, D, state, begins):
     inputs = u, delta, A * LOG2E, B, C, D
     y, final, starts = forward(device, size, *inputs, state, begins, keep=True)
@@ -88,9 +85,10 @@ def _forward(device, size, u, delta, A, B, C, D, state, begins):
 
 def _backward(device, size, residuals, cotangents):
     *inputs, starts, begins = residuals
+    u, B = inputs[0], inputs[3]
     gradients = backward(device, size, *inputs, starts, *cotangents, begins)
     du, d_delta, dA, dB, dC, dD, d_state = gradients
-    dB, dC = (d.sum(axis=1).astype(du.dtype) for d in (dB, dC))
+    dB, dC = (d.sum(axis=1).astype(u.dtype).reshape(B.shape) for d in (dB, dC))
     return du, d_delta, dA.sum(axis=0), dB, dC, dD.sum(axis=0), d_state, None
 
 

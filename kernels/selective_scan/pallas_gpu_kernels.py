@@ -14,23 +14,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from .. import pallas
+
 CHANNELS = 128  # threads of a warpgroup
 LN2 = math.log(2)
-VECTOR = 4
+VECTOR, ROWS = 4, 64  # ROWS of a product of the tensor cores
 UNROLL = 4
 LAYOUT = gpu.Layout.TCGEN05_TMEM_NATIVE(VECTOR)  # of (CHANNELS, N): a row a thread
 
 
-def call(kernel, device, *, barriers, **how):
+def call(kernel, device, **how):
     """`gpu.kernel` compiled, or interpreted where the target says so.
 
-    Without `barriers` around what the threads load and store, shared memory that a thread writes is
-    read by copies alone.
+    No barriers are put around what the threads load and store: what one of them writes to shared
+    memory is read by itself, or between two commits by copies and by the tensor cores.
     """
     how["compiler_params"] = gpu.CompilerParams(
         approx_math=True,
         lowering_semantics=gpu.LoweringSemantics.Lane,
-        unsafe_no_auto_barriers=not barriers,
+        unsafe_no_auto_barriers=True,
     )
     launch = gpu.kernel(kernel, interpret=device.interpret, grid_names=("row", "channels"), **how)
 
@@ -88,6 +90,45 @@ class Threads:
         """(N,) -> (CHANNELS, N) in float32."""
         x = self._as(LAYOUT.reduce(0), ref[...]).astype(jnp.float32)
         return self._as(LAYOUT, jax.lax.broadcast_in_dim(x, (CHANNELS, self.states), (1,)))
+
+
+class OverChannels:
+    """Sums over the channels, of some tokens at a time, as a product with ones by the tensor cores.
+
+    What is summed is rounded to bfloat16. Shuffles between threads would be five steps a number.
+    """
+
+    def __init__(self, device, states, products, ones):
+        self.interpreted, self.states = bool(device.interpret), states
+        self.products, self.ones = products, ones
+        value = jnp.full(ones.shape, 1 / states, jnp.bfloat16)
+        ones[...] = value if self.interpreted else gpu.layout_cast(value, gpu.Layout.WGMMA)
+
+    @staticmethod
+    def scratch(states):
+        """Shared memory for the products (channels, tokens states), and the ones."""
+        swizzled = gpu.TilingTransform((8, states)), gpu.SwizzleTransform(2 * states)
+        widths = ROWS, states
+        return [gpu.SMEM((CHANNELS, n), jnp.bfloat16, transforms=swizzled) for n in widths]
+
+    def give(self, j, x):
+        """Token j's (CHANNELS, N)."""
+        where = pl.ds(j * self.states, self.states)
+        self.products.at[:, where][...] = x.astype(jnp.bfloat16)
+
+    def sums(self, ref):
+        """Into (ROWS,): the tokens' sums, one token's states after the other's."""
+        gpu.commit_smem()
+        if self.interpreted:
+            total = pallas.dot(self.products[...], self.ones[...], "km,kn->mn", exact=False)
+        else:
+            total = pl.run_scoped(self._product, gpu.ACC((ROWS, self.states), jnp.float32))
+        ref[...] = jnp.sum(total, axis=1)
+        gpu.commit_smem()  # all threads: the products may be written again
+
+    def _product(self, total):
+        gpu.wgmma(total, self.products.transpose((1, 0)), self.ones)
+        return total[...]
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -179,7 +220,6 @@ def forward(device, size, u, delta, A, B, C, D, state, begins=None, *, keep):
     run = call(
         kernel,
         device,
-        barriers=False,
         out_type=outputs,
         scratch_types=[tiles, gpu.SMEM((size, CHANNELS), u.dtype), ready],
         grid=(batch, width // CHANNELS),
@@ -190,19 +230,21 @@ def forward(device, size, u, delta, A, B, C, D, state, begins=None, *, keep):
 def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=None):
     """Gradients of u, delta, A, B, C, D and the first state, from the last chunk to the first.
 
-    Those of A and D come for each row, those of B and C (B, D / CHANNELS, T, N) for each program.
+    Those of A and D come for each row, those of B and C (B, D / CHANNELS, T N) for each program.
     """
     batch, time, width = u.shape
     states, chunks = A.shape[1], time // size
+    group = ROWS // states
     inputs = [u, delta, B, C, dy, *([] if begins is None else [begins])]
 
     def kernel(*refs):
         *sources, A, D, starts, d_final = refs[: len(inputs) + 4]
         du, d_delta, dA, dB, dC, dD, d_state = refs[len(inputs) + 4 : len(inputs) + 11]
-        tiles, outs, before, ready = refs[len(inputs) + 11 :]
+        tiles, outs, before, (products, ones), ready = refs[len(inputs) + 11 :]
         row, block = jax.lax.axis_index("row"), jax.lax.axis_index("channels")
         channels = pl.ds(block * CHANNELS, CHANNELS)
         threads, fetch = Threads(device, states), fetcher(size, sources, tiles, ready)
+        over = OverChannels(device, states, products, ones)
         A, D = threads.from_global(A.at[channels]), threads.from_global(D.at[channels])
 
         def chunk(i, carry):
@@ -219,39 +261,46 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `outs` have left
             du_, d_delta_, dB_, dC_ = outs
 
-            def again(t, h):
-                u_, delta_, dy_ = (threads.channels(x.at[t]) for x in (u, delta, dy))
-                h = kept(begins, t, h)
-                before.at[t, :, pl.ds(0, states)][...] = h
-                h = jnp.exp2(threads.down(delta_) * A) * h
-                h += threads.down(delta_ * u_) * threads.across(B.at[t])
-                dC_.at[t][...] = jnp.sum(h * threads.down(dy_), axis=0)
+            def again(i, h):
+                for j in range(group):
+                    t = i * group + j
+                    u_, delta_, dy_ = (threads.channels(x.at[t]) for x in (u, delta, dy))
+                    h = kept(begins, t, h)
+                    before.at[t, :, pl.ds(0, states)][...] = h
+                    h = jnp.exp2(threads.down(delta_) * A) * h
+                    h += threads.down(delta_ * u_) * threads.across(B.at[t])
+                    over.give(j, h * threads.down(dy_))
+                over.sums(dC_.at[pl.ds(i * ROWS, ROWS)])
                 return h
 
-            jax.lax.fori_loop(0, size, again, h)
+            jax.lax.fori_loop(0, size // group, again, h)
 
-            def token(j, carry):
+            def back(i, carry):
                 later, dA, dD = carry  # later: a_{t+1} lam_{t+1}
-                t = size - 1 - j
-                u_, delta_, dy_ = (threads.channels(x.at[t]) for x in (u, delta, dy))
-                step = threads.down(delta_)
-                lam = later + threads.down(dy_) * threads.across(C.at[t])
-                earlier = jnp.exp2(step * A) * lam
-                d_log = earlier * threads.tile(before.at[t, :, pl.ds(0, states)])
-                lam_B = jnp.sum(lam * threads.across(B.at[t]), axis=1)
-                dB_.at[t][...] = jnp.sum(lam * threads.down(delta_ * u_), axis=0)
-                of_log = jnp.sum(d_log * A, axis=1) * LN2
-                du_.at[t][...] = (delta_ * lam_B + D * dy_).astype(du_.dtype)
-                d_delta_.at[t][...] = (of_log + u_ * lam_B).astype(d_delta_.dtype)
-                return kept(begins, t, earlier), dA + d_log * step, dD + dy_ * u_
+                i = size // group - 1 - i
+                for j in reversed(range(group)):
+                    t = i * group + j
+                    u_, delta_, dy_ = (threads.channels(x.at[t]) for x in (u, delta, dy))
+                    step = threads.down(delta_)
+                    lam = later + threads.down(dy_) * threads.across(C.at[t])
+                    earlier = jnp.exp2(step * A) * lam
+                    d_log = earlier * threads.tile(before.at[t, :, pl.ds(0, states)])
+                    over.give(j, lam * threads.down(delta_ * u_))
+                    lam_B = jnp.sum(lam * threads.across(B.at[t]), axis=1)
+                    of_log = jnp.sum(d_log * A, axis=1) * LN2
+                    du_.at[t][...] = (delta_ * lam_B + D * dy_).astype(du_.dtype)
+                    d_delta_.at[t][...] = (of_log + u_ * lam_B).astype(d_delta_.dtype)
+                    later, dA, dD = kept(begins, t, earlier), dA + d_log * step, dD + dy_ * u_
+                over.sums(dB_.at[pl.ds(i * ROWS, ROWS)])
+                return later, dA, dD
 
-            carry = jax.lax.fori_loop(0, size, token, carry)
+            carry = jax.lax.fori_loop(0, size // group, back, carry)
             gpu.commit_smem()
-            tokens = pl.ds(n * size, size)
+            tokens, sums = pl.ds(n * size, size), pl.ds(n * size * states, size * states)
             for part, whole in zip(outs[:2], (du, d_delta), strict=True):
                 gpu.copy_smem_to_gmem(part, whole.at[row, tokens, channels])
             for part, whole in zip(outs[2:], (dB, dC), strict=True):
-                gpu.copy_smem_to_gmem(part, whole.at[row, block, tokens])
+                gpu.copy_smem_to_gmem(part, whole.at[row, block, sums])
             return carry
 
         fetch(chunks - 1, 0)
@@ -267,22 +316,21 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
         shape(*u.shape, dtype=u.dtype),
         shape(*delta.shape, dtype=delta.dtype),
         shape(batch, width, states),
-        shape(batch, width // CHANNELS, time, states),
-        shape(batch, width // CHANNELS, time, states),
+        shape(batch, width // CHANNELS, time * states),
+        shape(batch, width // CHANNELS, time * states),
         shape(batch, width),
         shape(*d_final.shape),
     ]
     tiles, ready = slots(size, inputs)
     outs = [gpu.SMEM((size, CHANNELS), x.dtype) for x in (u, delta)]
-    outs += [gpu.SMEM((size, states), jnp.float32)] * 2
+    outs += [gpu.SMEM((size * states,), jnp.float32)] * 2
     # rows of a whole number of vectors, an odd one, are in different banks
     before = gpu.SMEM((size, CHANNELS, states + VECTOR), jnp.float32)
     run = call(
         kernel,
         device,
-        barriers=True,
         out_type=outputs,
-        scratch_types=[tiles, outs, before, ready],
+        scratch_types=[tiles, outs, before, OverChannels.scratch(states), ready],
         grid=(batch, width // CHANNELS),
     )
     return run(*inputs, A, D, starts, d_final)
