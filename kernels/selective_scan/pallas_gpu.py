@@ -6,8 +6,8 @@ limits the kernels is the exponentials, N a token and channel forward and 2 N ba
 
 Bytes a token and channel, with delta in float32 as Mamba has it: forward u, delta and y, 8, the
 least there is; B and C are read again for each 128 channels, N / 32. When differentiated a state is
-kept for every 12 tokens, N / 3 bytes. Backward u, delta, dy and two gradients, 14; the kept
-states, N / 3; B and C, N / 32, and their gradients, N / 16, written for each 128 channels and then
+kept for every 16 tokens, N / 4 bytes. Backward u, delta, dy and two gradients, 14; the kept
+states, N / 4; B and C, N / 32, and their gradients, N / 16, written for each 128 channels and then
 summed.
 """
 
@@ -20,7 +20,7 @@ from .. import pallas
 from ..dispatch import late
 
 CHANNELS = 128
-CHUNK = {16: 12, 32: 8}  # tokens, all of whose states the backward has in shared memory
+CHUNK = {16: 16, 32: 8}  # tokens, all of whose states the backward has in shared memory
 LOG2E = 1.4426950408889634
 
 forward = late(f"{__package__}.pallas_gpu_kernels", "forward")

@@ -240,7 +240,7 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
     def kernel(*refs):
         *sources, A, D, starts, d_final = refs[: len(inputs) + 4]
         du, d_delta, dA, dB, dC, dD, d_state = refs[len(inputs) + 4 : len(inputs) + 11]
-        tiles, outs, before, (products, ones), ready = refs[len(inputs) + 11 :]
+        tiles, sums, before, (products, ones), ready = refs[len(inputs) + 11 :]
         row, block = jax.lax.axis_index("row"), jax.lax.axis_index("channels")
         channels = pl.ds(block * CHANNELS, CHANNELS)
         threads, fetch = Threads(device, states), fetcher(size, sources, tiles, ready)
@@ -252,14 +252,14 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
             gpu.barrier_wait(ready.at[slot])
             u, delta, B, C, dy, *begins = (tile.at[slot] for tile in tiles)
 
+            gpu.wait_smem_to_gmem(0, wait_read_only=True)  # the gradients before have left
+
             @pl.when(n > 0)
             def _():
                 gpu.commit_smem()
                 fetch(n - 1, 1 - slot)
 
             h = threads.from_global(starts.at[row, n, channels])
-            gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `outs` have left
-            du_, d_delta_, dB_, dC_ = outs
 
             def again(i, h):
                 for j in range(group):
@@ -270,7 +270,7 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
                     h = jnp.exp2(threads.down(delta_) * A) * h
                     h += threads.down(delta_ * u_) * threads.across(B.at[t])
                     over.give(j, h * threads.down(dy_))
-                over.sums(dC_.at[pl.ds(i * ROWS, ROWS)])
+                over.sums(sums[1].at[pl.ds(i * ROWS, ROWS)])
                 return h
 
             jax.lax.fori_loop(0, size // group, again, h)
@@ -288,19 +288,20 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
                     over.give(j, lam * threads.down(delta_ * u_))
                     lam_B = jnp.sum(lam * threads.across(B.at[t]), axis=1)
                     of_log = jnp.sum(d_log * A, axis=1) * LN2
-                    du_.at[t][...] = (delta_ * lam_B + D * dy_).astype(du_.dtype)
-                    d_delta_.at[t][...] = (of_log + u_ * lam_B).astype(d_delta_.dtype)
+                    # a token's gradients take the place of its u and delta
+                    u.at[t][...] = (delta_ * lam_B + D * dy_).astype(u.dtype)
+                    delta.at[t][...] = (of_log + u_ * lam_B).astype(delta.dtype)
                     later, dA, dD = kept(begins, t, earlier), dA + d_log * step, dD + dy_ * u_
-                over.sums(dB_.at[pl.ds(i * ROWS, ROWS)])
+                over.sums(sums[0].at[pl.ds(i * ROWS, ROWS)])
                 return later, dA, dD
 
             carry = jax.lax.fori_loop(0, size // group, back, carry)
             gpu.commit_smem()
-            tokens, sums = pl.ds(n * size, size), pl.ds(n * size * states, size * states)
-            for part, whole in zip(outs[:2], (du, d_delta), strict=True):
-                gpu.copy_smem_to_gmem(part, whole.at[row, tokens, channels])
-            for part, whole in zip(outs[2:], (dB, dC), strict=True):
-                gpu.copy_smem_to_gmem(part, whole.at[row, block, sums])
+            tokens, numbers = pl.ds(n * size, size), pl.ds(n * size * states, size * states)
+            gpu.copy_smem_to_gmem(u, du.at[row, tokens, channels])
+            gpu.copy_smem_to_gmem(delta, d_delta.at[row, tokens, channels])
+            for part, whole in zip(sums, (dB, dC), strict=True):
+                gpu.copy_smem_to_gmem(part, whole.at[row, block, numbers])
             return carry
 
         fetch(chunks - 1, 0)
@@ -322,15 +323,14 @@ def backward(device, size, u, delta, A, B, C, D, starts, dy, d_final, begins=Non
         shape(*d_final.shape),
     ]
     tiles, ready = slots(size, inputs)
-    outs = [gpu.SMEM((size, CHANNELS), x.dtype) for x in (u, delta)]
-    outs += [gpu.SMEM((size * states,), jnp.float32)] * 2
+    sums = [gpu.SMEM((size * states,), jnp.float32)] * 2
     # rows of a whole number of vectors, an odd one, are in different banks
     before = gpu.SMEM((size, CHANNELS, states + VECTOR), jnp.float32)
     run = call(
         kernel,
         device,
         out_type=outputs,
-        scratch_types=[tiles, outs, before, OverChannels.scratch(states), ready],
+        scratch_types=[tiles, sums, before, OverChannels.scratch(states), ready],
         grid=(batch, width // CHANNELS),
     )
     return run(*inputs, A, D, starts, d_final)

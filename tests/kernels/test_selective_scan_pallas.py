@@ -188,6 +188,6 @@ def test_what_is_refused_is_said(unchecked):
     with on(H200):
         refused("it takes bfloat16, not float32", "pallas_gpu")
         refused("up to N=32 numbers a channel, not 64", "pallas_gpu", jnp.bfloat16, size=64)
-        refused("of 12 tokens for N=4, not 32", "pallas_gpu", jnp.bfloat16, chunk=32)
+        refused("of 16 tokens for N=4, not 32", "pallas_gpu", jnp.bfloat16, chunk=32)
     with on(Target("gpu", "NVIDIA A100", "8.0")):
         refused("Hopper GPUs .* and this is a NVIDIA A100", "pallas_gpu", jnp.bfloat16)
