@@ -11,18 +11,10 @@ from scanax.kernels import dispatch, linear_attention
 from support.compare import close, rms
 from support.ladder import resets, with_gradients
 from support.mixers import BATCH, draw_linear, mean_linear, run_linear
+from support.targets import HOPPER, interpreted_hopper
 
 BAR = 0.005  # root mean square, against float64 of the same rounded inputs
-H200 = dispatch.Target("gpu", "NVIDIA H200", capability="9.0")
 BY_NAME = {"implementation": "pallas_gpu"}
-
-
-def interpreted(**how):
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Parameters
-    except ImportError:  # before JAX 0.11
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as Parameters
-    return dispatch.Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(**how))
 
 
 def draw(kind, groups, time, case, key, value, seed=0):
@@ -61,7 +53,7 @@ def test_it_is_the_recurrence(kind, groups, time, case, key, value, packed):
     shapes = jax.eval_shape(lambda x: run_linear(x, reset), inputs)
     rng = np.random.default_rng(1)
     ct = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
-    with dispatch.on(interpreted(detect_races=jax.__version_info__ >= (0, 11))):
+    with dispatch.on(interpreted_hopper(detect_races=jax.__version_info__ >= (0, 11))):
         got = with_gradients(lambda x, r: run_linear(x, r, **BY_NAME))(inputs, ct, reset)
     with jax.enable_x64(True):
         exact, exact_ct = jax.tree.map(in_float64, (inputs, ct))
@@ -80,7 +72,7 @@ def test_what_overflows_stays_in_its_document(kind):
     loud = jax.tree.map(lambda x: x, inputs)
     for name in "qkv":
         loud["tokens"][name] = inputs["tokens"][name].at[:, 20:40].set(3e38)
-    with dispatch.on(interpreted()):
+    with dispatch.on(interpreted_hopper()):
         run = with_gradients(lambda x, r: run_linear(x, r, **BY_NAME))
         quiet, loud = run(inputs, ct, reset), run(loud, ct, reset)
     (y, state), gradients = loud
@@ -114,7 +106,7 @@ def test_keys_and_values_of_unequal_widths_lower(kind, K, V):
     log_decay = array(*shapes[kind], dtype=jnp.float32)
     q, k, v = array(B, T, H, K), array(B, T, 2, K), array(B, T, H, V)
     state, reset = array(B, H, K, V, dtype=jnp.float32), array(B, T, dtype=jnp.bool_)
-    with dispatch.on(H200), dispatch.record() as ran:
+    with dispatch.on(HOPPER), dispatch.record() as ran:
         traced = jax.jit(both).trace(q, k, v, log_decay, state, reset)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ran == [("linear_attention", "pallas_gpu")]
@@ -126,10 +118,10 @@ def test_keys_and_values_of_unequal_widths_lower(kind, K, V):
     [
         ({}, dispatch.Target("cpu", "cpu"), "it runs on Hopper GPUs .*, and this is cpu"),
         ({}, dispatch.Target("gpu", "NVIDIA A100", "8.0"), "this is NVIDIA A100"),
-        ({"dtype": jnp.float32}, H200, "it takes bfloat16, not float32"),
-        ({"key": 96}, H200, "its key widths are multiples of 64 up to 256, not 96"),
-        ({"value": 320}, H200, "its value widths are multiples of 64 up to 256, not 320"),
-        ({"chunk": 32}, H200, "its chunks are of 64 tokens, not 32"),
+        ({"dtype": jnp.float32}, HOPPER, "it takes bfloat16, not float32"),
+        ({"key": 96}, HOPPER, "its key widths are multiples of 64 up to 256, not 96"),
+        ({"value": 320}, HOPPER, "its value widths are multiples of 64 up to 256, not 320"),
+        ({"chunk": 32}, HOPPER, "its chunks are of 64 tokens, not 32"),
     ],
 )
 def test_what_it_refuses(change, device, message):
@@ -144,7 +136,7 @@ def test_pallas_is_imported_by_the_first_call():
 import sys, jax, jax.numpy as jnp
 from scanax.kernels import dispatch, linear_attention
 x = jax.ShapeDtypeStruct((1, 3, 1, 64), jnp.float32)
-with dispatch.on(dispatch.Target("gpu", "NVIDIA H200", "9.0")):
+with dispatch.on(dispatch.Target("gpu", "NVIDIA HOPPER", "9.0")):
     jax.eval_shape(lambda x: linear_attention(x, x, x, jnp.zeros(1)), x)
 assert "jax.experimental.pallas" not in sys.modules
 """

@@ -1,46 +1,27 @@
 """The selective scan's Pallas kernels, interpreted: the ladder, widths, dtypes, what is refused."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.kernels import selective_scan
 from scanax.kernels.dispatch import Target, on
-from support.ladder import BY_NAME, check, problem, with_gradients
-from support.mixers import BATCH, CASES
+from support.ladder import BY_NAME, with_gradients
+from support.mixers import BATCH
+from support.targets import HOPPER, INTERPRETED, interpreted_hopper
 
-TPU = Target("tpu", "TPU v5 lite", interpret=True)
-H200 = Target("gpu", "NVIDIA H200", "9.0")
 MIXER = BY_NAME["mamba"]
 
 
 def run(x, reset, **how):
-    with on(TPU):
+    with on(INTERPRETED):
         return MIXER.run(x, reset, implementation="pallas_tpu", **how)
 
 
 def run_on_hopper(x, reset, **how):
     """By an interpreter that looks for races between threads and copies."""
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Parameters
-    except ImportError:  # before JAX 0.11
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as Parameters
-    with on(Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(detect_races=True))):
+    with on(interpreted_hopper(detect_races=True)):
         return MIXER.run(x, reset, implementation="pallas_gpu", **how)
-
-
-@pytest.mark.parametrize("chunk", [8, 32])
-@pytest.mark.parametrize("time", [1, 2, 131])
-def test_the_recurrence(time, chunk):
-    """Packed; without documents too, by the path that reads no resets."""
-    for documents in (True, False):
-        both = with_gradients(lambda x, r: run(x, r if documents else None, chunk=chunk))  # noqa: B023
-        for case in CASES:
-            inputs, ct, reset, answer = problem("mamba", case, jnp.float32, time, documents)
-            check(MIXER, case, jnp.float32, both(inputs, ct, reset), answer)
 
 
 def draw(time, width, size, dtype, delta=jnp.float32):
@@ -127,47 +108,6 @@ def test_not_even_a_nan_leaves_its_document(run):
         np.testing.assert_array_equal(gradients_["state"], gradients["state"])
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("device", ["tpu", "cuda"])
-def test_the_gradients_of_a_layer_lower(device, packed):
-    """As large as they are trained; lowering for CUDA sees that shared memory suffices."""
-    T, D, N = 8192, 4096, 16
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    u, B = array(1, T, D, dtype=jnp.bfloat16), array(1, T, N, dtype=jnp.bfloat16)
-    inputs = u, array(1, T, D), array(D, N), B, B, array(D), u, array(1, T, dtype=jnp.bool_)
-    name = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[device]
-
-    def step(u, delta, A, B, C, D, dy, reset):
-        def op(*args):
-            reset_ = reset if packed else None
-            return selective_scan(*args[:5], D=args[5], reset=reset_, implementation=name)[0]
-
-        y, pull = jax.vjp(op, u, delta, A, B, C, D)
-        return y, pull(dy)
-
-    with on(H200 if device == "cuda" else Target("tpu", "TPU v5 lite")):
-        lowered = jax.jit(step).trace(*inputs).lower(lowering_platforms=(device,))
-    assert "custom_call" in lowered.as_text()
-
-
-def test_mosaic_gpu_is_imported_late():
-    """Whether a Hopper kernel takes a call is found out without its compiler."""
-    code = (
-        "import sys, jax.numpy as jnp\n"
-        "from scanax.kernels import selective_scan, dispatch\n"
-        "x, A = jnp.zeros((1, 4, 2), jnp.bfloat16), jnp.zeros((2, 2), jnp.float32)\n"
-        "a100 = dispatch.Target('gpu', 'NVIDIA A100', '8.0')\n"
-        "with dispatch.on(a100), dispatch.record() as ran:\n"
-        "    selective_scan(x, x, A, x, x)\n"
-        "assert ran == [('selective_scan', 'xla')], ran\n"
-        "assert not [name for name in sys.modules if 'pallas.mosaic_gpu' in name]\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_what_is_refused_is_said(unchecked):
     def call(name, dtype=jnp.float32, size=4, **how):
         x, B = jnp.zeros((1, 8, 6), dtype), jnp.zeros((1, 8, size), dtype)
@@ -180,14 +120,14 @@ def test_what_is_refused_is_said(unchecked):
 
     refused("it runs on TPUs, and this is cpu", "pallas_tpu")
     refused("it runs on Hopper GPUs .* and this is cpu", "pallas_gpu", jnp.bfloat16)
-    with on(TPU):
+    with on(INTERPRETED):
         refused("multiples of 8 tokens for float32, not 12", "pallas_tpu", chunk=12)
         refused("multiples of 16 tokens for bfloat16, not 8", "pallas_tpu", jnp.bfloat16, chunk=8)
         refused("N=512 states are up to 16 tokens long", "pallas_tpu", chunk=64, size=512)
         refused("float32 or bfloat16, not float16", "pallas_tpu", jnp.float16)
-    with on(H200):
+    with on(HOPPER):
         refused("it takes bfloat16, not float32", "pallas_gpu")
         refused("up to N=32 numbers a channel, not 64", "pallas_gpu", jnp.bfloat16, size=64)
         refused("of 16 tokens for N=4, not 32", "pallas_gpu", jnp.bfloat16, chunk=32)
     with on(Target("gpu", "NVIDIA A100", "8.0")):
-        refused("Hopper GPUs .* and this is a NVIDIA A100", "pallas_gpu", jnp.bfloat16)
+        refused("Hopper GPUs .* and this is NVIDIA A100", "pallas_gpu", jnp.bfloat16)
