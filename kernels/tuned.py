@@ -56,12 +56,10 @@ def table(file: Path) -> dict[str, int]:
     """All entries of a file, read once a process; none if there is no file."""
     if not file.exists():
         return {}
-    entries: dict[str, int] = {}
     try:
-        entries = dict(json.loads(file.read_text()))
-        sound = all(type(entry) is int and entry > 0 for entry in entries.values())
-    except (ValueError, TypeError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")
-    return entries
+        entries = json.loads(file.read_text())
+    except ValueError:
+        entries = None
+    if isinstance(entries, dict) and all(type(n) is int and n > 0 for n in entries.values()):
+        return entries
+    raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")

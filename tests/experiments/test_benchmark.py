@@ -159,7 +159,7 @@ def test_outputs_and_gradients_of_half_the_sum_of_squares():
     ("flags", "says"),
     [
         ("--ops grouped-9", "--ops grouped-9: not one of gla, "),
-        ("--implementations palas", "--implementations palas: not one of pallas_tpu, xla"),
+        ("--implementations palas", "--implementations palas: not one of pallas_tpu, "),
         ("--peers torch", "--peers torch: not one of fla, jla"),
         ("--peers fla", "--peers: their kernels are for bfloat16; add --dtype bfloat16"),
         ("--repeats 0", "--repeats 0 must be at least 1"),
