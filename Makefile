@@ -18,6 +18,7 @@ FOR_TRAIN := $(VENV)/.train-$(ACCELERATOR)
 FOR_DEV := $(VENV)/.dev-$(ACCELERATOR)
 FOR_PARITY := $(VENV)/.parity-$(ACCELERATOR)
 FOR_EVAL := $(VENV)/.eval-$(ACCELERATOR)
+FOR_TPU_AOT := $(VENV)/.tpu-aot-$(ACCELERATOR)
 SOURCES := pyproject.toml setup.py $(wildcard constraints/*.txt)
 
 LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
@@ -25,7 +26,7 @@ LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info <
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable \
 	'.[$(1)$(if $(EXTRA),$(comma)$(EXTRA))]' --constraint constraints/$(LINE).txt
 
-.PHONY: help train test test-x64 test-parity test-eval lint types format constraints clean same-python
+.PHONY: help train test test-x64 test-parity test-eval test-tpu-aot lint types format constraints clean same-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,9 @@ test-parity: $(FOR_PARITY)  ## models drawn at random against transformers, in t
 
 test-eval: $(FOR_EVAL)  ## lm-evaluation-harness over our models
 	$(BIN)/python -m pytest tests/extras/test_harness.py $(ARGS)
+
+test-tpu-aot: $(FOR_TPU_AOT)  ## every kernel through the TPU's own compiler, without a TPU
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_aot -n logical --maxprocesses 8 tests/kernels/test_tpu_aot.py $(ARGS)
 
 lint: $(FOR_DEV)  ## ruff
 	$(BIN)/ruff check .
@@ -86,6 +90,11 @@ $(FOR_PARITY): $(FOR_DEV)
 $(FOR_EVAL): $(FOR_DEV)
 	@echo "installing lm-evaluation-harness in $(VENV): a few minutes, once"
 	@$(call install,dev$(comma)eval)
+	@touch $@
+
+$(FOR_TPU_AOT): $(FOR_DEV)
+	@echo "installing the TPU's compiler in $(VENV): a few minutes, once"
+	@$(call install,dev$(comma)tpu-aot)
 	@touch $@
 
 $(BIN)/python:

@@ -16,6 +16,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for the tests of meshes
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+os.environ["SCANAX_TILES"] = os.devnull + "/none"  # no sizes that were tuned on this machine
 
 import jax
 import jaxtyping

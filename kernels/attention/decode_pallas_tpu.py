@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from .. import pallas
+from .. import pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import dot
 from . import decode, tiles
@@ -54,7 +54,8 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
     from jax.experimental.pallas import tpu as pltpu
 
     (_, _, heads, K), (source, groups), V = q.shape, k.shape[1:3], v.shape[3]
-    size = min(block or TILE, -(-source // 16) * 16)
+    block = block or tuned.size("decode", "pallas_tpu", TILE, G=groups, **tiles.features(q, v))
+    size = min(block, -(-source // 16) * 16)
     index = tiles.cut(kv_index, size, -1)
     extent, (first, last) = tiles.extent(index), (first[:, 0], last[:, 0])
     low, high = tiles.spans(extent, first[None], last[None])

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import dispatch, pallas
+from .. import dispatch, pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import column, index
 from ..pallas import dot as product
+from . import tiles
 
 CHUNK, LEAST = 128, 8
 
@@ -29,15 +30,16 @@ def refuse(q, k, v, *rest):
 
 def fixed_query(q, k, v, scale, state, reset, chunk):
     """The public function's arguments after its checks."""
-    time, groups = k.shape[1:3]
-    size = min(chunk or CHUNK, -(-time // LEAST) * LEAST)
+    (time, groups), dtype = k.shape[1:3], jnp.result_type(q, k, v)
+    chunk = chunk or tuned.size("fixed_query", "pallas_tpu", CHUNK, **tiles.features(k, v))
+    size = min(chunk, -(-time // LEAST) * LEAST)
     padding = -time % size
 
     def pad(x):
         return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
 
     by_group = rearrange(q.astype(jnp.float32), "(g r) k -> g r k", g=groups)
-    k, v = pad(k.astype(jnp.float32)), pad(v)
+    k, v = pad(k.astype(jnp.float32)), pad(v.astype(dtype))
     s = scale * jnp.einsum("grk,btgk->bgrt", by_group, k, precision="highest")
     s = rearrange(s, "b g r (n c) -> b (g r) n 1 c", c=size)
     segment = None
@@ -48,7 +50,7 @@ def fixed_query(q, k, v, scale, state, reset, chunk):
     state = m[..., None, None], u[..., None, None], w[:, :, None]
     how = dispatch.target(), size, time
     y, (m, u, w) = _scan(how, s, rearrange(v, "b t g v -> b g t v"), state, segment)
-    y = rearrange(y, "b h t v -> b t h v")[:, :time].astype(jnp.result_type(q, k, v))
+    y = rearrange(y, "b h t v -> b t h v")[:, :time].astype(dtype)
     return y, (m[..., 0, 0], u[..., 0, 0], w[:, :, 0])
 
 

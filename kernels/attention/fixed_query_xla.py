@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from .. import tuned
 from ..monoid import LOWEST
+from . import tiles
 
 CHUNK = 16  # with 8 the fastest of 8 to 128 on one CPU core at T=2048, K=V=64, and half its memory
 
 
 def fixed_query(q, k, v, scale, state, reset, chunk):
     """Scan over chunks. Saves T / chunk summaries beside its inputs."""
-    chunks = -(-k.shape[1] // (chunk or CHUNK))
+    chunk = chunk or tuned.size("fixed_query", "xla", CHUNK, **tiles.features(k, v))
+    chunks = -(-k.shape[1] // chunk)
     return _fixed_query(q, k, v, state, reset, scale, -(-k.shape[1] // chunks))
 
 

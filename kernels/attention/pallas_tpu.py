@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from .. import dispatch, pallas
+from .. import dispatch, pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import dot
 from . import decode_pallas_tpu, tiles, xla
@@ -33,12 +33,15 @@ def refuse(q, k, v, *rest):
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
+    if q.shape[1] > 1:
+        block = block or tuned.size("attention", "pallas_tpu", BLOCK, **tiles.features(q, v))
     how = dispatch.target(), scale, block, jnp.dtype(dtype)
     return _attention(how, q, k, v, first, last, kv_index)
 
 
 def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     """What these keys contribute to the gradients to q, k and v; see `attention_gradients`."""
+    block = block or tuned.size("attention", "pallas_tpu", BLOCK, **tiles.features(q, v))
     how = dispatch.target(), scale, block, jnp.dtype(jnp.float32)
     return _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index)
 

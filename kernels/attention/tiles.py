@@ -6,6 +6,11 @@ from einops import rearrange
 END = jnp.iinfo(jnp.int32).max
 
 
+def features(q, v):
+    """What a measured number of tokens of a tile depends on."""
+    return {"K": q.shape[3], "V": v.shape[3], "dtype": q.dtype.name}
+
+
 def even(length, block):
     """The size of the fewest tiles of at most `block`, as equal as they can be."""
     return -(-length // -(-length // block))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from .. import tuned
 from ..monoid import LOWEST
 from . import tiles
 
@@ -22,6 +23,7 @@ BLOCK = 128  # on one CPU core at T=2048, K=V=64 as fast as 256, and closer to a
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
+    block = block or tuned.size("attention", "xla", BLOCK, **tiles.features(q, v))
     return _attention(q, k, v, first, last, kv_index, scale, block, dtype)
 
 
@@ -80,6 +82,7 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
 
     Two passes, since adding to a shared dq from columns that run at once would have no fixed order.
     """
+    block = block or tuned.size("attention", "xla", BLOCK, **tiles.features(q, v))
     exact, groups, sizes = lse.dtype, k.shape[2], _sizes(q, k, block)
     dy = dy.astype(q.dtype)
     bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(delta))[..., None]
@@ -125,7 +128,7 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
 _attention.defvjp(_forward, _backward)
 
 
-def visits(first, last, kv_index, block=None):
+def visits(first, last, kv_index, block=BLOCK):
     """How many tiles of scores a call computes: (in its forward, in its backward)."""
     sizes = _sizes(first, kv_index, block)
     interval, query_extent = tiles.intervals(first, last, sizes[0])
@@ -154,7 +157,7 @@ def _see(first, last, index):
 
 def _sizes(q, k, block):
     """Tokens in a tile of queries and in one of keys."""
-    return tiles.even(q.shape[1], block or BLOCK), tiles.even(k.shape[1], block or BLOCK)
+    return tiles.even(q.shape[1], block), tiles.even(k.shape[1], block)
 
 
 def _heads(x, groups, block):

@@ -5,9 +5,9 @@ the decay between them is exp of two sums of non-positive logs, so nothing overf
 cancels. The sums are made by rolls, a level from the one below. A scalar decay needs no tree: the
 matrix of all segment sums of a chunk is a running sum down its rows.
 
-Arrays are (B, heads, T, features), numbers of a token (B, heads, T / C, 1, C), states (V, K), so that
-the decays of keys are a row. The backward runs the grid from the last chunk to the first; it makes
-the decays again and reads the states that the forward kept, one a chunk.
+Arrays are (B, heads, T, features), a token's numbers (B, heads, T / C, 1, C), states (V, K), where
+decays of keys are a row. The backward runs the grid from the last chunk to the first; it makes the
+decays again and reads the states that the forward kept, one a chunk.
 """
 
 from functools import partial
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import pallas
+from .. import pallas, tuned
 from ..pallas import column, diagonal, index
 from ..pallas import dot as product
+from .xla import features
 
 CHUNK, LEAST = 64, 8
 
@@ -34,7 +35,10 @@ def refuse(q, k, v, log_decay, state, reset, chunk):
 def linear_attention(q, k, v, log_decay, state, reset, chunk):
     """The public function's arguments after its checks."""
     T, heads = q.shape[1], state.shape[1]
-    size = min(chunk or CHUNK, max(LEAST, 1 << (T - 1).bit_length()))
+    if chunk is None:
+        about = features(q, k, v, log_decay.ndim == 4)
+        chunk = tuned.size("linear_attention", "pallas_tpu", CHUNK, **about)
+    size = min(chunk, max(LEAST, 1 << (T - 1).bit_length()))
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, heads))
     padding = -T % size

@@ -15,6 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
+from .. import tuned
+from ..dispatch import target
+
+
+def features(q, k, v, vector):
+    """What a measured chunk depends on."""
+    kind, dtype = "vector" if vector else "scalar", jnp.result_type(q, k, v).name
+    return {"decay": kind, "K": q.shape[3], "V": v.shape[3], "dtype": dtype}
+
 
 @lru_cache
 def tree(size):
@@ -43,8 +52,9 @@ def linear_attention(q, k, v, log_decay, state, reset, chunk):
     if log_decay.ndim == 3:
         log_decay = log_decay[..., None]
     if chunk is None:
-        on_cpu = jax.default_backend() == "cpu"
-        chunk = (16 if log_decay.shape[-1] > 1 else 32) if on_cpu else 64
+        vector = log_decay.shape[-1] > 1
+        default = 64 if target().platform != "cpu" else 16 if vector else 32
+        chunk = tuned.size("linear_attention", "xla", default, **features(q, k, v, vector))
     size = min(chunk, T)
     padding = -T % size
 

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..dispatch import Implementation, call
-from . import reference, xla
+from . import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(pallas_tpu.selective_scan, pallas_tpu.refuse),
     "xla": Implementation(xla.selective_scan),
     "reference": Implementation(reference.selective_scan),
     "associative": Implementation(reference.selective_scan_associative),

@@ -18,13 +18,15 @@ nan, so that packed documents need no further isolation.
 import jax
 import jax.numpy as jnp
 
+from .. import tuned
+
 CHUNK = 32  # 16 to 64 take the same time on a CPU
 
 
 def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
     """The recurrence; for gradients it keeps one state a chunk, makes `chunk` more at a time."""
     time = u.shape[1]
-    chunk = min(chunk or CHUNK, time)
+    chunk = min(chunk or tuned.size("selective_scan", "xla", CHUNK, **features(u, A)), time)
     tokens = u, delta, B, C, reset
     if padding := -time % chunk:  # delta = 0 is neutral: a = 1 and delta u B = 0
 
@@ -34,6 +36,11 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
         tokens = jax.tree.map(pad, tokens)
     y, state = _scan(chunk, tokens, A.T, D, jnp.swapaxes(state, 1, 2))
     return y[:, :time], jnp.swapaxes(state, 1, 2)
+
+
+def features(u, A):
+    """What a measured chunk depends on."""
+    return {"N": A.shape[1], "dtype": u.dtype.name}
 
 
 def _values(chunk, tokens, A, D, state):

@@ -9,6 +9,7 @@ import pytest
 from scanax.kernels import linear_attention, selective_scan
 from scanax.kernels.documents import isolate, segments, starts
 from support.compare import close
+from support.targets import tracing
 
 TIME = 24
 RESET = np.zeros((2, TIME), bool)
@@ -48,7 +49,7 @@ def draw(kind):
 OPS = tuple(
     f"{op}-{how}"
     for op in ("vector", "scalar", "constant", "selective")
-    for how in ("reference", "associative", "xla")
+    for how in ("reference", "associative", "xla", "pallas_tpu")
 )
 READERS = ("q", "C")  # a reader spoils its own token, the others all after it too
 INPUTS = [(op, name) for op in OPS for name in draw(op)[0]]
@@ -58,7 +59,9 @@ INPUTS = [(op, name) for op in OPS for name in draw(op)[0]]
 def compiled(kind):
     """(tokens, shared, state, cotangents) -> ((y, state), their gradients), chunks of five."""
     op = selective_scan if "selective" in kind else linear_attention
-    how = {"implementation": kind.split("-")[1], "chunk": 5, "reset": jnp.asarray(RESET)}
+    name = kind.split("-")[1]
+    how = {"implementation": name, "reset": jnp.asarray(RESET)}
+    how["chunk"] = 8 if name == "pallas_tpu" else 5
 
     def run(tokens, shared, state):
         return op(**tokens, **shared, state=state, **how)
@@ -67,7 +70,13 @@ def compiled(kind):
         out, pull = jax.vjp(run, tokens, shared, state)
         return out, pull(cotangents)
 
-    return jax.jit(call)
+    compiled = jax.jit(call)
+
+    def traced(*args):
+        with tracing(name):
+            return compiled(*args)
+
+    return traced
 
 
 def cotangents_of(kind):

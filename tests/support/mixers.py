@@ -196,7 +196,8 @@ def mean_attention(window, inputs, reset):
 
 REFERENCES = ({"implementation": "reference"}, {"implementation": "associative"})
 CHUNKS = tuple({"implementation": "xla", "chunk": size} for size in (1, 7, 16, 64, 131))
-SCHEDULES = REFERENCES + CHUNKS
+KERNELS = tuple({"implementation": "pallas_tpu", "chunk": size} for size in (16, 64))
+SCHEDULES = REFERENCES + CHUNKS + KERNELS
 
 
 def linear(name, kind, groups):
@@ -215,7 +216,12 @@ MIXERS = (
     linear("retention and lightning", "constant", (6, 6, 6)),
     linear("mamba2", "scalar", (2, 2, 6)),
     Mixer(
-        "mamba", draw_selective, run_selective, mean_selective, SCHEDULES, ("delta", "A", "state")
+        "mamba",
+        draw_selective,
+        run_selective,
+        mean_selective,
+        SCHEDULES,
+        ("delta", "A", "state"),
     ),
     Mixer("aaren", draw_fixed_query, run_fixed_query, mean_fixed_query, SCHEDULES),
     Mixer(
@@ -223,13 +229,13 @@ MIXERS = (
         draw_attention,
         partial(run_attention, None),
         partial(mean_attention, None),
-        (REFERENCES[0], *CHUNKS),
+        (REFERENCES[0], *CHUNKS, *KERNELS),
     ),
     Mixer(
         "window attention",
         draw_attention,
         partial(run_attention, 9),
         partial(mean_attention, 9),
-        (REFERENCES[0], *CHUNKS),
+        (REFERENCES[0], *CHUNKS, *KERNELS),
     ),
 )

@@ -1,0 +1,47 @@
+"""How many tokens a kernel takes at a time: what was measured on this kind of device, if anything.
+
+`scanax.experiments.tune` writes the table; the implementations read it and have a default for what
+it does not hold. An entry is of an operation, an implementation, a kind of device and the widths
+and dtype of a call, never of its length.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+from .dispatch import target
+
+
+def path() -> Path:
+    """$SCANAX_TILES, or scanax/tiles.json in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("SCANAX_TILES") or cache / "scanax" / "tiles.json")
+
+
+def key(op: str, implementation: str, kind: str, **features: object) -> str:
+    """The name of an entry; `kind` is of the device."""
+    about = " ".join(f"{name}={value}" for name, value in features.items())
+    return f"{op} | {implementation} | {kind} | {about}"
+
+
+def size(op: str, implementation: str, default: int, **features: object) -> int:
+    """The measured number of tokens on the device that calls are traced for, or the default."""
+    return table(path()).get(key(op, implementation, target().kind, **features), default)
+
+
+@functools.lru_cache
+def table(file: Path) -> dict[str, int]:
+    """All entries of a file, read once a process; none if there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        entries = json.loads(file.read_text())
+    except ValueError:
+        entries = None
+    sound = isinstance(entries, dict) and all(
+        type(entry) is int and entry > 0 for entry in entries.values()
+    )
+    if not sound:
+        raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")
+    return entries
