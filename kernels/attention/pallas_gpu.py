@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch, pallas
+from .. import dispatch, pallas, tuned
 from . import tiles, xla
 
 OWN, WIDEST = 128, 256  # tokens of the tile that a program owns; features of a head
@@ -44,21 +44,27 @@ def _refuse(q, k, v, scale, block):
             return f"its {name} widths are multiples of 64 up to {WIDEST}, not {width}"
     if not scale > 0:
         return f"its scale is positive, not {scale}"
-    if block is not None:
-        return f"it chooses its tiles by the widths and takes no block, not {block}"
+    if block is not None and block not in _blocks(k, v):
+        return f"its tiles are of {' or '.join(map(str, _blocks(k, v)))} keys, not {block}"
     return pallas.no_hopper(q, k, v)
+
+
+def _blocks(k, v):
+    """Keys that a tile of the forward may hold: what fits the shared memory."""
+    return (64, 128) if k.shape[3] + v.shape[3] <= 256 else (64,)
 
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    del block
+    default = _blocks(k, v)[-1]
+    block = block or tuned.size("attention", "pallas_gpu", default, **tiles.features(q, v))
     how = dispatch.target(), float(scale), jnp.dtype(dtype)
-    return _attention(how, q, k, v, first, last, kv_index)
+    return _attention((*how, block), q, k, v, first, last, kv_index)
 
 
 def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     """What these keys contribute to the gradients to q, k and v; see `attention_gradients`."""
-    del block
+    del block  # of the forward
     how = dispatch.target(), float(scale), jnp.dtype(jnp.float32)
     return _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index)
 
@@ -69,8 +75,7 @@ def _attention(how, q, k, v, first, last, kv_index):
 
 
 def _forward(how, q, k, v, first, last, kv_index):
-    device, scale, dtype = how
-    (time, K), V = (q.shape[1], q.shape[3]), v.shape[3]
+    (device, scale, dtype, block), time = how, q.shape[1]
     bad = _unsound(k, v)
     masks = Masks(first, last, kv_index)
     written = dtype if dtype in (jnp.float32, jnp.bfloat16) else jnp.float32
@@ -82,7 +87,7 @@ def _forward(how, q, k, v, first, last, kv_index):
         whole(jnp.where(bad, jnp.nan, k)),
         whole(jnp.where(bad, 0, v)),
         *masks.arrays,
-        *masks.by_queries(OWN, 128 if K + V <= 256 else 64),
+        *masks.by_queries(OWN, block),
     )
     out = y[:, :time].astype(dtype), jnp.swapaxes(lse, 1, 2)[:, :time]
     return out, (q, k, v, first, last, kv_index, *out)

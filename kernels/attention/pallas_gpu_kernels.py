@@ -1,4 +1,4 @@
-"""The kernels of `pallas_gpu.py`: a ring of tiles in shared memory, filled by one warpgroup for two.
+"""The kernels of `pallas_gpu.py`: two warpgroups read a ring of tiles that a third one fills.
 
 Arrays are (B, T, heads, features) as the caller has them, padded to whole tiles. `interval`
 (B, 2, T) is the first and the last index that each query sees, `index` (B, S) that of each key.
@@ -50,8 +50,13 @@ def call(kernel, device, grid, names, outputs, scratch):
     return run
 
 
-def tile(*shape, dtype=jnp.bfloat16):
-    return gpu.SMEM(shape, dtype)
+def matrix(*shape, line=64):
+    """Shared memory for matrices that the tensor cores read, in swizzled lines of `line` numbers.
+
+    The tokens that such a product sums over are a multiple of `line`.
+    """
+    swizzled = gpu.TilingTransform((8, line)), gpu.SwizzleTransform(2 * line)
+    return gpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -68,12 +73,19 @@ def across(x, like):
     return lax.broadcast_in_dim(x, like.shape, (1,))
 
 
+def plain(x, y):
+    """x y for the interpreter."""
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
 def products(device, *pairs):
     """x y^T of pairs of matrices in shared memory."""
     if device.interpret:
         along = ((1,), (1,)), ((), ())
         f32 = jnp.float32
-        return [lax.dot_general(x[...], y[...], along, preferred_element_type=f32) for x, y in pairs]
+        return [
+            lax.dot_general(x[...], y[...], along, preferred_element_type=f32) for x, y in pairs
+        ]
 
     def run(*totals):
         for total, (x, y) in zip(totals, pairs, strict=True):
@@ -87,8 +99,7 @@ def add(device, totals, terms):
     """total + x y for each term (x, y), x in registers and y in shared memory."""
     terms = [(x.astype(jnp.bfloat16), y) for x, y in terms]
     if device.interpret:
-        pairs = zip(totals, terms, strict=True)
-        return tuple(t + jnp.dot(x, y[...], preferred_element_type=t.dtype) for t, (x, y) in pairs)
+        return tuple(t + plain(x, y[...]) for t, (x, y) in zip(totals, terms, strict=True))
 
     def run(totals):
         for total, (x, y) in zip(totals, terms, strict=True):
@@ -109,7 +120,7 @@ def put(x, stage, out):
 
 def stage(dtype):
     """What `put` needs, a line of 128 bytes for each row."""
-    return tile(2, ROWS, 128 // jnp.dtype(dtype).itemsize, dtype=dtype)
+    return gpu.SMEM((2, ROWS, 128 // jnp.dtype(dtype).itemsize), dtype)
 
 
 def fill(owned, loaded, count, *parts):
@@ -176,16 +187,15 @@ def forward(device, scale, dtype, q, k, v, interval, index, ranges, ends):
                 least, greatest = (ends[row, low + n, side] for side in (0, 1))
                 gpu.barrier_wait(k_filled.at[slot])
                 (s,) = products(device, (q_own.at[warps], k_ring.at[slot]))
-                keys = i_ring[slot]
-                gpu.barrier_arrive(k_freed.at[slot])
 
                 def mask(s):
-                    index = across(keys, s)
+                    index = across(i_ring[slot], s)
                     see = (down(sees_first, s) <= index) & (index <= down(sees_last, s))
                     return jnp.where(see, s, -jnp.inf)
 
                 whole = (first <= least) & (greatest <= last)
                 s = lax.cond(whole, lambda s: s, mask, s)
+                gpu.barrier_arrive(k_freed.at[slot])
                 top = jnp.maximum(m, jnp.max(s, axis=1) * factor)
                 p = jnp.exp2(s * factor - down(top, s))
                 fade = jnp.exp2(m - top)
@@ -219,18 +229,18 @@ def forward(device, scale, dtype, q, k, v, interval, index, ranges, ends):
             owned = []
             for part in range(2):
                 tokens = pl.ds(own * OWN + part * ROWS, ROWS)
-                owned += (q.at[row, tokens, head], q_own.at[part]),
-                owned += (interval.at[row, :, tokens], seen.at[part]),
+                owned += ((q.at[row, tokens, head], q_own.at[part]),)
+                owned += ((interval.at[row, :, tokens], seen.at[part]),)
             fill(owned, loaded, high - low, (of_k, k_filled, k_freed), (of_v, v_filled, v_freed))
 
     scratch = [
-        tile(2, ROWS, K),
-        tile(2, 2, ROWS, dtype=jnp.int32),
-        tile(STAGES, size, K),
-        tile(STAGES, size, V),
-        tile(STAGES, size, dtype=jnp.int32),
+        matrix(2, ROWS, K),
+        gpu.SMEM((2, 2, ROWS), jnp.int32),
+        matrix(STAGES, size, K),
+        matrix(STAGES, size, V),
+        gpu.SMEM((STAGES, size), jnp.int32),
         stage(dtype),
-        tile(2, ROWS, dtype=jnp.float32),
+        gpu.SMEM((2, ROWS), jnp.float32),
         gpu.Barrier(num_arrivals=4),
         *ring(2),
         *ring(1),
@@ -254,7 +264,7 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
     """
     (batch, time, heads, K), (_, _, groups, V) = q.shape, v.shape
     size = k.shape[1] // ends.shape[1]
-    factor = scale * LOG2E
+    factor, line = scale * LOG2E, min(size, 64)
 
     def kernel(q, k, v, dy, numbers, interval, index, ranges, ends, dq, *scratch):
         q_own, dy_own, given, seen, k_ring, v_ring, i_ring, out, loaded, *barriers = scratch
@@ -280,10 +290,9 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
                 pairs = (q_own.at[warps], k_ring.at[slot]), (dy_own.at[warps], v_ring.at[slot])
                 s, dp = products(device, *pairs)
                 gpu.barrier_arrive(v_freed.at[slot])
-                keys = i_ring[slot]
 
                 def see():
-                    index = across(keys, s)
+                    index = across(i_ring[slot], s)
                     return (down(sees_first, s) <= index) & (index <= down(sees_last, s))
 
                 p = jnp.exp2(s * factor - down(lse, s))
@@ -311,20 +320,20 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
             owned = []
             for part in range(2):
                 tokens = pl.ds(own * OWN + part * ROWS, ROWS)
-                owned += (q.at[row, tokens, head], q_own.at[part]),
-                owned += (dy.at[row, tokens, head], dy_own.at[part]),
-                owned += (numbers.at[row, head, :, tokens], given.at[part]),
-                owned += (interval.at[row, :, tokens], seen.at[part]),
+                owned += ((q.at[row, tokens, head], q_own.at[part]),)
+                owned += ((dy.at[row, tokens, head], dy_own.at[part]),)
+                owned += ((numbers.at[row, head, :, tokens], given.at[part]),)
+                owned += ((interval.at[row, :, tokens], seen.at[part]),)
             fill(owned, loaded, high - low, (of_v, v_filled, v_freed), (of_k, k_filled, k_freed))
 
     scratch = [
-        tile(2, ROWS, K),
-        tile(2, ROWS, V),
-        tile(2, 2, ROWS, dtype=jnp.float32),
-        tile(2, 2, ROWS, dtype=jnp.int32),
-        tile(STAGES, size, K),
-        tile(STAGES, size, V),
-        tile(STAGES, size, dtype=jnp.int32),
+        matrix(2, ROWS, K, line=line),
+        matrix(2, ROWS, V, line=line),
+        gpu.SMEM((2, 2, ROWS), jnp.float32),
+        gpu.SMEM((2, 2, ROWS), jnp.int32),
+        matrix(STAGES, size, K, line=line),
+        matrix(STAGES, size, V, line=line),
+        gpu.SMEM((STAGES, size), jnp.int32),
         stage(dtype),
         gpu.Barrier(num_arrivals=8),
         *ring(2),
@@ -416,19 +425,19 @@ def columns(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges,
             owned = []
             for part in range(parts):
                 tokens = pl.ds(own * width + part * ROWS, ROWS)
-                owned += (k.at[row, tokens, group], k_own.at[part]),
-                owned += (v.at[row, tokens, group], v_own.at[part]),
-                owned += (index.at[row, tokens], i_own.at[part]),
+                owned += ((k.at[row, tokens, group], k_own.at[part]),)
+                owned += ((v.at[row, tokens, group], v_own.at[part]),)
+                owned += ((index.at[row, tokens], i_own.at[part]),)
             fill(owned, loaded, count * ratio, (copies, filled, freed))
 
     scratch = [
-        tile(parts, ROWS, K),
-        tile(parts, ROWS, V),
-        tile(parts, ROWS, dtype=jnp.int32),
-        tile(STAGES, size, K),
-        tile(STAGES, size, V),
-        tile(STAGES, 2, size, dtype=jnp.float32),
-        tile(STAGES, 2, size, dtype=jnp.int32),
+        matrix(parts, ROWS, K),
+        matrix(parts, ROWS, V),
+        gpu.SMEM((parts, ROWS), jnp.int32),
+        matrix(STAGES, size, K),
+        matrix(STAGES, size, V),
+        gpu.SMEM((STAGES, 2, size), jnp.float32),
+        gpu.SMEM((STAGES, 2, size), jnp.int32),
         stage(dtype),
         gpu.Barrier(num_arrivals=3 * parts),
         *ring(4),
