@@ -81,11 +81,7 @@ def plain(x, y):
 def products(device, *pairs):
     """x y^T of pairs of matrices in shared memory."""
     if device.interpret:
-        along = ((1,), (1,)), ((), ())
-        f32 = jnp.float32
-        return [
-            lax.dot_general(x[...], y[...], along, preferred_element_type=f32) for x, y in pairs
-        ]
+        return [plain(x[...], y[...].T) for x, y in pairs]
 
     def run(*totals):
         for total, (x, y) in zip(totals, pairs, strict=True):
@@ -146,6 +142,13 @@ def fill(owned, loaded, count, *parts):
     lax.fori_loop(0, count + STAGES, step, None)
 
 
+def release(freed, loaded=True):
+    """A slot may be filled again; if it was `loaded`, not only multiplied, copies wait for that."""
+    if loaded:
+        gpu.commit_smem()
+    gpu.barrier_arrive(freed)
+
+
 def ring(copies):
     """Barriers of one part: copied into by `copies` copies, read by two warpgroups."""
     filled = gpu.Barrier(num_arrivals=copies, num_barriers=STAGES)
@@ -195,14 +198,14 @@ def forward(device, scale, dtype, q, k, v, interval, index, ranges, ends):
 
                 whole = (first <= least) & (greatest <= last)
                 s = lax.cond(whole, lambda s: s, mask, s)
-                gpu.barrier_arrive(k_freed.at[slot])
+                release(k_freed.at[slot])
                 top = jnp.maximum(m, jnp.max(s, axis=1) * factor)
                 p = jnp.exp2(s * factor - down(top, s))
                 fade = jnp.exp2(m - top)
                 u = fade * u + jnp.sum(p, axis=1)
                 gpu.barrier_wait(v_filled.at[slot])
                 (w,) = add(device, [w * down(fade, w)], [(p, v_ring.at[slot])])
-                gpu.barrier_arrive(v_freed.at[slot])
+                release(v_freed.at[slot], device.interpret)
                 return top, u, w
 
             m, zero = (jnp.full((ROWS,), x, jnp.float32) for x in (LOWEST, 0))
@@ -289,7 +292,7 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
                 gpu.barrier_wait(k_filled.at[slot])
                 pairs = (q_own.at[warps], k_ring.at[slot]), (dy_own.at[warps], v_ring.at[slot])
                 s, dp = products(device, *pairs)
-                gpu.barrier_arrive(v_freed.at[slot])
+                release(v_freed.at[slot], device.interpret)
 
                 def see():
                     index = across(i_ring[slot], s)
@@ -299,7 +302,7 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
                 ds = p * (dp - down(delta, s))
                 (ds,) = hide((first <= least) & (greatest <= last), see, (ds,))
                 (total,) = add(device, [total], [(ds, k_ring.at[slot])])
-                gpu.barrier_arrive(k_freed.at[slot])
+                release(k_freed.at[slot])
                 return total
 
             total = lax.fori_loop(0, high - low, step, jnp.full((ROWS, K), 0, jnp.float32))
@@ -392,7 +395,7 @@ def columns(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges,
                 rings = [q_ring] * of_k + [dy_ring] * of_v
                 terms = [(x, ring.at[slot]) for x, ring in zip(weights, rings, strict=True)]
                 totals = add(device, totals, terms)
-                gpu.barrier_arrive(freed.at[slot])
+                release(freed.at[slot])
                 return totals
 
             widths = [K] * of_k + [V] * of_v

@@ -21,7 +21,7 @@ try:
 except AttributeError:  # before JAX 0.11
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as Parameters
 
-INTERPRETED = Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters())
+INTERPRETED = Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(detect_races=True))
 B, T, S, H, G, K, V = 1, 100, 140, 2, 1, 64, 64  # three tiles of 64 keys
 BAR = 0.005
 
