@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..dispatch import Implementation, call
 from ..documents import starts
-from . import pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 from .fixed_query import fixed_query
 from .xla import delta, visits
 
@@ -15,11 +15,13 @@ __all__ = ["attention", "attention_gradients", "delta", "fixed_query", "visits"]
 
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(pallas_tpu.attention, pallas_tpu.refuse),
+    "pallas_gpu": Implementation(pallas_gpu.attention, pallas_gpu.refuse),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention),
 }
 GRADIENTS = {
     "pallas_tpu": Implementation(pallas_tpu.gradients, pallas_tpu.refuse),
+    "pallas_gpu": Implementation(pallas_gpu.gradients, pallas_gpu.refuse_gradients),
     "xla": Implementation(xla.gradients),
 }
 
