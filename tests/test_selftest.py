@@ -1,4 +1,4 @@
-"""The check of an installation passes here, says what does not run here, and fails on wrong numbers."""
+"""The check of an installation passes here, says what does not run, and finds a wrong number."""
 
 import jax
 import jax.numpy as jnp
