@@ -50,12 +50,12 @@ class Warpgroup:
         """A matrix in shared memory, as float32."""
         return self._load(ref, gpu.Layout.WGMMA).astype(jnp.float32)
 
-    def from_global(self, ref):
-        """A matrix in global memory."""
+    def from_global(self, ref, layout=gpu.Layout.WGMMA):
+        """A matrix in global memory, or of another layout."""
         if self.interpreted:
             return ref[...]
         index = [()] if "idx" in inspect.signature(gpu.load).parameters else []  # before JAX 0.11
-        return gpu.load(ref, *index, layout=gpu.Layout.WGMMA, optimized=False)
+        return gpu.load(ref, *index, layout=layout, optimized=False)
 
     def down(self, ref, width=TILE):
         """Numbers of the rows, in shared memory, as a matrix of equal columns."""
