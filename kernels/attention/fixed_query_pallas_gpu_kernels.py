@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 
 from .. import hopper
 from ..hopper import TILE, Warpgroup, tiles
+from .fixed_query_pallas_gpu import times
 
 CHUNK = TILE
 SCORE, TOP, FIRST, INVERSE, SHARE = range(5)
@@ -20,11 +21,6 @@ SCORE, TOP, FIRST, INVERSE, SHARE = range(5)
 
 def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
-
-
-def times(factor, x):
-    """factor * x, and zero where the factor is zero, whatever x is."""
-    return jnp.where(factor > 0, factor * x, jnp.float32(0))
 
 
 def spread(x, axis):
@@ -41,6 +37,12 @@ def weights(warps, rows):
     return jnp.where(seen, weight, jnp.float32(0)), seen
 
 
+def in_two(x):
+    """A matrix as the sum of two of bfloat16: 16 bits, for weights that have to sum to one."""
+    high = jax.lax.optimization_barrier(x.astype(jnp.bfloat16))  # XLA would undo the rounding
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
 def last(warps):
     """True in the last row."""
     return warps.index((CHUNK, TILE), 0) == CHUNK - 1
@@ -51,7 +53,7 @@ def walk(device, v, rows, mean):
     batch, chunks, heads = rows.shape[:3]
     ratio = heads // v.shape[2]
 
-    def kernel(v_all, rows_all, mean, y, after, v_slots, rows_slots, inner, out, ready):
+    def kernel(v_all, rows_all, mean, y, after, v_slots, rows_slots, inner, rest, out, ready):
         row, head, part = (jax.lax.axis_index(name) for name in ("row", "head", "values"))
         values, group = pl.ds(part * TILE, TILE), jax.lax.div(head, jnp.int32(ratio))
         warps = Warpgroup(device)
@@ -67,11 +69,12 @@ def walk(device, v, rows, mean):
             gpu.barrier_wait(ready.at[slot])
             rows = rows_slots.at[slot]
             weight, _ = weights(warps, rows)
-            inner[...] = weight.astype(jnp.bfloat16)
+            inner[...], rest[...] = in_two(weight)
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `out` has left
             gpu.commit_smem()
             mean = times(warps.down(rows.at[SHARE]), spread(mean, 1))
             mean += warps.dot("ij,jv->iv", inner, v_slots.at[slot])
+            mean += warps.dot("ij,jv->iv", rest, v_slots.at[slot])
             out[...] = mean.astype(jnp.bfloat16)
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(out, y.at[row, pl.ds(n * CHUNK, CHUNK), head, values])
@@ -101,6 +104,7 @@ def walk(device, v, rows, mean):
             tiles(2, CHUNK, TILE),
             gpu.SMEM((2, *rows.shape[3:]), jnp.float32),
             tiles(CHUNK, CHUNK),
+            tiles(CHUNK, CHUNK),
             tiles(CHUNK, TILE),
             gpu.Barrier(num_arrivals=2, num_barriers=2),
         ],
@@ -122,7 +126,7 @@ def walk_back(device, v, dy, rows, before, d_mean):
 
     def kernel(*refs):
         *sources, final = refs[:5]
-        (dv, initial, inside), (*slots, inner, out, ready) = refs[5:8], refs[8:]
+        (dv, initial, inside), (*slots, inner, rest, out, ready) = refs[5:8], refs[8:]
         row, head, part = (jax.lax.axis_index(name) for name in ("row", "head", "values"))
         values, group = pl.ds(part * TILE, TILE), jax.lax.div(head, jnp.int32(ratio))
         warps = Warpgroup(device)
@@ -144,7 +148,7 @@ def walk_back(device, v, dy, rows, before, d_mean):
             gpu.barrier_wait(ready.at[slot])
             v, dy, rows, before = (buffer.at[slot] for buffer in slots)
             weight, seen = weights(warps, rows)
-            inner[...] = weight.astype(jnp.bfloat16)
+            inner[...], rest[...] = in_two(weight)
             d = warps.tile(dy) + jnp.where(last(warps), spread(d_mean, 1), jnp.float32(0))
             dy[...] = d.astype(jnp.bfloat16)
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `out` has left
@@ -153,11 +157,13 @@ def walk_back(device, v, dy, rows, before, d_mean):
             d_mean = jnp.sum(times(share, d), axis=0)
 
             mean = warps.across(before)
-            y = times(share, mean) + warps.dot("ij,jv->iv", inner, v)
-            d = warps.tile(dy)  # as the tensor cores have it, so that v - y keeps its digits
-            own = jnp.sum(d * y, axis=1)
+            y = times(share, mean)
+            y += warps.dot("ij,jv->iv", inner, v)
+            y += warps.dot("ij,jv->iv", rest, v)
             chunk = inside.at[row, place, head, part]
             chunk.at[1][...] = jnp.sum(d * (mean - y), axis=1)
+            rounded = warps.tile(dy)  # as the product has it: dy . v - dy . y keeps its digits
+            own = jnp.sum(rounded * y, axis=1)
             of_pairs = weight * (warps.dot("iv,jv->ij", dy, v) - spread(own, 0))
             chunk.at[0][...] = jnp.sum(jnp.where(seen, of_pairs, jnp.float32(0)), axis=0)
 
@@ -190,6 +196,7 @@ def walk_back(device, v, dy, rows, before, d_mean):
             tiles(2, CHUNK, TILE),
             gpu.SMEM((2, *rows.shape[3:]), jnp.float32),
             gpu.SMEM((2, TILE), jnp.float32),
+            tiles(CHUNK, CHUNK),
             tiles(CHUNK, CHUNK),
             tiles(CHUNK, TILE),
             gpu.Barrier(num_arrivals=4, num_barriers=2),

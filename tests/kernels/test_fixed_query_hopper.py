@@ -67,3 +67,68 @@ def test_it_is_the_recurrence(time, case, key, value, packed):
     inputs, reset = draw(time, case, key, value)
     target = interpreted(detect_races=jax.__version_info__ >= (0, 11))
     rms(*compared(inputs, reset if packed else None, target), BAR)
+
+
+def test_equal_scores_share_the_maximum_as_the_recurrence_has_it():
+    """The maximum is 0, that of the state too; values are far from 0, and only v - y counts."""
+    inputs, reset = draw(131, "mild")
+    k, v = inputs["tokens"]["k"], inputs["tokens"]["v"]
+    inputs["tokens"] = {"k": -jnp.abs(k).at[:, ::9].set(0), "v": v + 10}
+    inputs["shared"]["q"] = jnp.abs(inputs["shared"]["q"])
+    m, *rest = inputs["state"]
+    inputs["state"] = (0 * m, *rest)
+    rms(*compared(inputs, reset.at[0].set(False), interpreted()), BAR)
+
+
+def test_a_state_of_nothing_under_a_maximum():
+    """Its normaliser is 0: none of it is read, but its gradient is there."""
+    inputs, _ = draw(65, "mild")
+    m, u, w = inputs["state"]
+    inputs["state"] = m + 20, 0 * u, 0 * w
+    rms(*compared(inputs, None, interpreted()), BAR)
+
+
+def test_what_overflows_stays_in_its_document():
+    """One within a chunk, one across two; the others are as if they were not there."""
+    inputs, _ = draw(131, "mild")
+    reset = jnp.zeros((BATCH, 131), bool).at[:, np.array([20, 40, 50, 80])].set(True)
+    ct = jax.tree.map(jnp.ones_like, cotangents(inputs, reset))
+    tokens = inputs["tokens"]
+    tokens = {
+        "k": tokens["k"].at[:, 20:40].set(3e38),
+        "v": tokens["v"].at[:, 20:40].set(3e38).at[:, 50:80].set(3e38),
+    }
+    with dispatch.on(interpreted()):
+        run = with_gradients(lambda x, r: run_fixed_query(x, r, **BY_NAME))
+        quiet, loud = run(inputs, ct, reset), run(inputs | {"tokens": tokens}, ct, reset)
+    assert not np.isfinite(np.asarray(loud[0][0][:, 20:40], np.float32)).all()
+    assert not np.isfinite(np.asarray(loud[1]["tokens"]["k"][:, 50:80], np.float32)).all()
+    keep = np.r_[0:20, 40:50, 80:131]
+
+    def outside(out):
+        (y, state), gradients = out
+        return (
+            y[:, keep],
+            state,
+            gradients["state"],
+            [g[:, keep] for g in gradients["tokens"].values()],
+        )
+
+    close(outside(loud), outside(quiet), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "message"),
+    [
+        ({}, dispatch.Target("cpu", "cpu"), "it runs on Hopper GPUs .*, and this is cpu"),
+        ({"dtype": jnp.float32}, H200, "it takes bfloat16, not float32"),
+        ({"value": 96}, H200, "its value widths are multiples of 64 up to 256, not 96"),
+        ({"value": 320}, H200, "its value widths are multiples of 64 up to 256, not 320"),
+        ({"chunk": 32}, H200, "its chunks are of 64 tokens, not 32"),
+    ],
+)
+def test_what_it_refuses(change, device, message):
+    how = {"value": 64, "dtype": jnp.bfloat16, "chunk": None} | change
+    k, v = (jnp.zeros((1, 3, 1, width), how["dtype"]) for width in (24, how["value"]))
+    with dispatch.on(device), pytest.raises(NotImplementedError, match=message):
+        fixed_query(k[0, :1, 0], k, v, chunk=how["chunk"], **BY_NAME)
