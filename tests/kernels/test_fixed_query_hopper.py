@@ -8,18 +8,10 @@ from scanax.kernels import dispatch, fixed_query
 from support.compare import close, rms
 from support.ladder import resets, with_gradients
 from support.mixers import BATCH, SPREAD, draw_fixed_query, mean_fixed_query, run_fixed_query
+from support.targets import HOPPER, interpreted_hopper
 
 BAR = 0.005  # root mean square, against float64 of the same rounded inputs
-H200 = dispatch.Target("gpu", "NVIDIA H200", capability="9.0")
 BY_NAME = {"implementation": "pallas_gpu"}
-
-
-def interpreted(**how):
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Parameters
-    except ImportError:  # before JAX 0.11
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as Parameters
-    return dispatch.Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(**how))
 
 
 def draw(time, case, key=64, value=64):
@@ -65,7 +57,7 @@ def compared(inputs, reset, target):
 def test_it_is_the_recurrence(time, case, key, value, packed):
     """Values and all gradients, with races between copies and products looked for."""
     inputs, reset = draw(time, case, key, value)
-    target = interpreted(detect_races=jax.__version_info__ >= (0, 11))
+    target = interpreted_hopper(detect_races=jax.__version_info__ >= (0, 11))
     rms(*compared(inputs, reset if packed else None, target), BAR)
 
 
@@ -77,7 +69,7 @@ def test_equal_scores_share_the_maximum_as_the_recurrence_has_it():
     inputs["shared"]["q"] = jnp.abs(inputs["shared"]["q"])
     m, *rest = inputs["state"]
     inputs["state"] = (0 * m, *rest)
-    rms(*compared(inputs, reset.at[0].set(False), interpreted()), BAR)
+    rms(*compared(inputs, reset.at[0].set(False), interpreted_hopper()), BAR)
 
 
 def test_a_state_of_nothing_under_a_maximum():
@@ -85,7 +77,7 @@ def test_a_state_of_nothing_under_a_maximum():
     inputs, _ = draw(65, "mild")
     m, u, w = inputs["state"]
     inputs["state"] = m + 20, 0 * u, 0 * w
-    rms(*compared(inputs, None, interpreted()), BAR)
+    rms(*compared(inputs, None, interpreted_hopper()), BAR)
 
 
 def test_what_overflows_stays_in_its_document():
@@ -98,7 +90,7 @@ def test_what_overflows_stays_in_its_document():
         "k": tokens["k"].at[:, 20:40].set(3e38),
         "v": tokens["v"].at[:, 20:40].set(3e38).at[:, 50:80].set(3e38),
     }
-    with dispatch.on(interpreted()):
+    with dispatch.on(interpreted_hopper()):
         run = with_gradients(lambda x, r: run_fixed_query(x, r, **BY_NAME))
         quiet, loud = run(inputs, ct, reset), run(inputs | {"tokens": tokens}, ct, reset)
     assert not np.isfinite(np.asarray(loud[0][0][:, 20:40], np.float32)).all()
@@ -121,10 +113,10 @@ def test_what_overflows_stays_in_its_document():
     ("change", "device", "message"),
     [
         ({}, dispatch.Target("cpu", "cpu"), "it runs on Hopper GPUs .*, and this is cpu"),
-        ({"dtype": jnp.float32}, H200, "it takes bfloat16, not float32"),
-        ({"value": 96}, H200, "its value widths are multiples of 64 up to 256, not 96"),
-        ({"value": 320}, H200, "its value widths are multiples of 64 up to 256, not 320"),
-        ({"chunk": 32}, H200, "its chunks are of 64 tokens, not 32"),
+        ({"dtype": jnp.float32}, HOPPER, "it takes bfloat16, not float32"),
+        ({"value": 96}, HOPPER, "its value widths are multiples of 64 up to 256, not 96"),
+        ({"value": 320}, HOPPER, "its value widths are multiples of 64 up to 256, not 320"),
+        ({"chunk": 32}, HOPPER, "its chunks are of 64 tokens, not 32"),
     ],
 )
 def test_what_it_refuses(change, device, message):
