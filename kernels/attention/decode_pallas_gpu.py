@@ -12,9 +12,8 @@ values for which that found something has its non-finite numbers put to zero bef
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
