@@ -51,7 +51,7 @@ test-eval: $(FOR_EVAL)  ## lm-evaluation-harness over our models
 	$(BIN)/python -m pytest tests/extras/test_harness.py $(ARGS)
 
 test-tpu-aot: $(FOR_TPU_AOT)  ## every kernel through the TPU's own compiler, without a TPU
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_aot -n logical --maxprocesses 8 tests/kernels/test_tpu_aot.py $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_aot tests/kernels/test_tpu_aot.py $(ARGS)
 
 lint: $(FOR_DEV)  ## ruff
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 from jax.sharding import Mesh
-from scanax.experiments import flags
+from scanax.experiments import bounds, flags
 from scanax.layers.moe import MoE
 from scanax.models import LMConfig, merge, split
 from scanax.models.pattern import parse
@@ -29,15 +29,16 @@ from scanax.sharding import expert, expert_cost, mesh, schedule
 from scanax.sharding.expert_cost import Cost, Machine, Work
 from scanax.sharding.schedule import PLAIN
 
-# bfloat16 products and what a chip receives from its neighbours, as their makers publish them
-MACHINES = {
-    "TPU v4": Machine(275e12, 300e9, 1e-6),
-    "TPU v5 lite": Machine(197e12, 200e9, 1e-6),
-    "TPU v5": Machine(459e12, 600e9, 1e-6),
-    "TPU v6 lite": Machine(918e12, 448e9, 1e-6),
-    "NVIDIA H100": Machine(989e12, 450e9, 5e-6),
-    "NVIDIA H200": Machine(989e12, 450e9, 5e-6),
+# what a chip receives from its neighbours, as their makers publish it, and how long that takes
+LINKS = {
+    "TPU v4": (300e9, 1e-6),
+    "TPU v5 lite": (200e9, 1e-6),
+    "TPU v5": (600e9, 1e-6),
+    "TPU v6 lite": (448e9, 1e-6),
+    "NVIDIA H100": (450e9, 5e-6),
+    "NVIDIA H200": (450e9, 5e-6),
 }
+MACHINES = {kind: Machine(bounds.DEVICES[kind].flops, *link) for kind, link in LINKS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +151,7 @@ def report(config: Experts) -> None:
 
 def machine_of(config: Experts) -> Machine | None:
     """What the flags say of the devices, beside what is published of their kind."""
-    kind = jax.devices()[0].device_kind
-    names = sorted((name for name in MACHINES if kind.startswith(name)), key=len)  # v5, v5 lite
-    known = MACHINES[names[-1]] if names else None
+    known = bounds.of_kind(MACHINES, jax.devices()[0].device_kind)
     if (config.tflops, config.link_gbs, config.latency_us) == (None, None, None):
         return known
     base = known or Machine(math.nan, math.nan, 5e-6)

@@ -27,6 +27,7 @@ import tyro
 from jax.experimental import topologies
 from scanax.experiments import flags
 from scanax.experiments import step as steps
+from scanax.kernels import dispatch
 from scanax.sharding import hlo, mesh
 from scanax.sharding.schedule import Schedule
 
@@ -91,7 +92,10 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         name: jax.ShapeDtypeStruct(shape, kind, sharding=program.rows)
         for name, kind in kinds.items()
     }
-    traced = program.step.trace(state, program.rest, batch, *steps.SCALARS)
+    kind = over.devices.flat[0].device_kind
+    here = dispatch.Target("tpu", kind) if config.topology else dispatch.target()
+    with dispatch.on(here):
+        traced = program.step.trace(state, program.rest, batch, *steps.SCALARS)
     platforms = ("tpu",) if config.topology else None
     try:
         compiled = traced.lower(lowering_platforms=platforms).compile()

@@ -36,7 +36,7 @@ def no_hopper(*arrays: Any) -> str | None:
 
 def describe(device: Target) -> str:
     """A device in an error's words."""
-    return device.platform if device.kind in ("", device.platform) else f"a {device.kind}"
+    return device.kind or device.platform
 
 
 def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:
@@ -47,7 +47,7 @@ def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:
     return f"it takes {' or '.join(jnp.dtype(d).name for d in allowed)}, not {dtype}"
 
 
-def tpu_call(kernel, device: Target, *, semantics: Sequence[str], vmem: int | None = None, **how):
+def tpu_call(kernel, device: Target, *, semantics: Any, vmem: int | None = None, **how):
     """`pl.pallas_call` for the TPU; `semantics` of each grid axis, "parallel" or "arbitrary"."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu

@@ -5,12 +5,19 @@ it does not hold. An entry is of an operation, an implementation, a kind of devi
 and dtype of a call, never of its length.
 """
 
+import contextlib
+import contextvars
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .dispatch import target
+
+_asked: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
+    "scanax_asked", default=None
+)
 
 
 def path() -> Path:
@@ -27,7 +34,21 @@ def key(op: str, implementation: str, kind: str, **features: object) -> str:
 
 def size(op: str, implementation: str, default: int, **features: object) -> int:
     """The measured number of tokens on the device that calls are traced for, or the default."""
-    return table(path()).get(key(op, implementation, target().kind, **features), default)
+    entry, asked = key(op, implementation, target().kind, **features), _asked.get()
+    if asked is not None:
+        asked[entry] = default
+    return table(path()).get(entry, default)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, int]]:
+    """Collect the entries that calls traced inside the block look up, each with its default."""
+    asked: dict[str, int] = {}
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @functools.lru_cache
@@ -39,9 +60,6 @@ def table(file: Path) -> dict[str, int]:
         entries = json.loads(file.read_text())
     except ValueError:
         entries = None
-    sound = isinstance(entries, dict) and all(
-        type(entry) is int and entry > 0 for entry in entries.values()
-    )
-    if not sound:
-        raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")
-    return entries
+    if isinstance(entries, dict) and all(type(n) is int and n > 0 for n in entries.values()):
+        return entries
+    raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")

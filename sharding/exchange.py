@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
+from ..kernels.dispatch import target
+
 RAGGED = ("gpu", "tpu")  # the backends for which XLA has a ragged all-to-all
 Axes = tuple[str, ...]
 
@@ -39,7 +41,7 @@ def rows(
     Nothing else travels where XLA can do without (`RAGGED`, and not by nodes); it is zero there,
     and whatever was sent elsewhere.
     """
-    if jax.default_backend() in RAGGED and node in (1, x.shape[0]):
+    if target().platform in RAGGED and node in (1, x.shape[0]):
         return _ragged(axes, x, leaving, coming)
     return all_to_all(axes, x, node)
 

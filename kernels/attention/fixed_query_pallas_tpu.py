@@ -6,6 +6,7 @@ from chunk to chunk are those of `fixed_query_xla.py`; the pairs of a chunk are 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +206,7 @@ def _backward(how, residuals, cotangents):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(how, s, v, state, segment):
+def _scan(how, s, v, state, segment) -> Any:
     return _forward(how, s, v, state, segment, keep=False)[0]
 
 

@@ -1,10 +1,9 @@
 """Grouped matmul, of a mixture of experts that drops no row: y_i = x_i w_e for row i of group e."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..dispatch import Implementation, call
+from ..dispatch import Implementation, call, target
 from . import megablox, ragged, reference, xla
 
 IMPLEMENTATIONS = {
@@ -37,7 +36,7 @@ def grouped_matmul(
     """
     check(x, w, sizes, transpose)
     arguments = x, w, sizes.astype(jnp.int32), transpose
-    first = FIRST.get(jax.default_backend(), "xla")
+    first = FIRST.get(target().platform, "xla")
     ordered = {first: IMPLEMENTATIONS[first]} | IMPLEMENTATIONS
     return call("grouped_matmul", ordered, implementation, *arguments)
 

@@ -5,10 +5,12 @@ a bfloat16 gradient to w in bfloat16. Sums are in float32.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from .. import dispatch, pallas
 from .gradient import differentiable
 
 ROWS, COLUMNS = 128, 512  # of a tile; not tuned
@@ -17,11 +19,12 @@ ROWS, COLUMNS = 128, 512  # of a tile; not tuned
 def refuse(x, w, sizes, transpose):
     """Why not, or None: the kernels are for TPUs and for two dtypes."""
     del w, sizes, transpose
-    if jax.default_backend() != "tpu":
-        return f"it runs on TPUs, not on {jax.default_backend()}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it takes float32 or bfloat16, not {x.dtype}"
-    return None
+    return pallas.no_tpu(x)
+
+
+def grouped_matmul(x, w, sizes, transpose):
+    """The public function's arguments after its checks."""
+    return make(bool(dispatch.target().interpret))(x, w, sizes, transpose)
 
 
 def kernels():
@@ -49,8 +52,9 @@ def exactly(dtype):
         yield
 
 
+@functools.cache
 def make(interpret):
-    """The implementation, or the same kernels through Pallas' interpreter."""
+    """The kernels with their gradients, compiled or through Pallas' interpreter."""
 
     def product(x, w, sizes, transpose):
         gmm, _ = kernels()
@@ -75,6 +79,3 @@ def make(interpret):
             )
 
     return differentiable(product, outer)
-
-
-grouped_matmul = make(interpret=False)

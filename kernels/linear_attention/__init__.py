@@ -5,15 +5,16 @@ from jaxtyping import Array, Bool, Float
 
 from ..dispatch import Implementation, call
 from ..documents import isolate
-from . import pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(pallas_tpu.linear_attention, pallas_tpu.refuse),
+    "pallas_gpu": Implementation(pallas_gpu.linear_attention, pallas_gpu.refuse),
     "xla": Implementation(xla.linear_attention),
     "reference": Implementation(reference.linear_attention),
     "associative": Implementation(reference.linear_attention_associative),
 }
-ISOLATED = {"pallas_tpu", "xla"}
+ISOLATED = {"pallas_tpu", "pallas_gpu", "xla"}
 
 
 def linear_attention(

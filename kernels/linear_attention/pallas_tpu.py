@@ -11,6 +11,7 @@ decays again and reads the states that the forward kept, one a chunk.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -306,7 +307,7 @@ def _backward(device, size, residuals, cotangents):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunkwise(device, size, q, k, v, log, state, segment):
+def _chunkwise(device, size, q, k, v, log, state, segment) -> Any:
     return _forward(device, size, q, k, v, log, state, segment, keep=False)[0]
 
 

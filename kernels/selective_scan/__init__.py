@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..dispatch import Implementation, call
-from . import pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(pallas_tpu.selective_scan, pallas_tpu.refuse),
+    "pallas_gpu": Implementation(pallas_gpu.selective_scan, pallas_gpu.refuse),
     "xla": Implementation(xla.selective_scan),
     "reference": Implementation(reference.selective_scan),
     "associative": Implementation(reference.selective_scan_associative),

@@ -4,8 +4,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scanax.kernels import linear_attention, selective_scan
-from scanax.kernels.dispatch import Implementation, call, record
+from scanax.kernels import attention, fixed_query, linear_attention, selective_scan
+from scanax.kernels.dispatch import Implementation, Target, call, on, record
+from support.targets import TPU
+
+
+@pytest.mark.parametrize("op", [linear_attention, selective_scan, attention, fixed_query])
+def test_a_kernel_for_other_hardware_says_so(op):
+    """On this CPU, on a GPU that is no Hopper, and on the hardware that it is for."""
+    x, A = jnp.ones((1, 3, 2), jnp.float32), -jnp.ones((2, 2), jnp.float32)
+    arguments = {
+        linear_attention: (x[:, :, None],) * 3 + (jnp.zeros(1, jnp.float32),),
+        selective_scan: (x, x, A, x, x),
+        attention: (x[:, :, None],) * 3,
+        fixed_query: (x[0], x[:, :, None], x[:, :, None]),
+    }[op]
+
+    def ran(**how):
+        with record() as names:
+            jax.eval_shape(lambda *x: op(*x, **how), *arguments)
+        return names[0][1]
+
+    assert ran() == "xla"
+    with pytest.raises(NotImplementedError, match="pallas_tpu: it runs on TPUs, and this is cpu"):
+        ran(implementation="pallas_tpu")
+    with on(Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0")):
+        assert ran() == "xla"
+        with pytest.raises(NotImplementedError, match="and this is NVIDIA A100"):
+            ran(implementation="pallas_tpu")
+    with on(TPU):
+        assert ran() == "pallas_tpu"
 
 
 def short_only(x):

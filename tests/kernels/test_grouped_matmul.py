@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.kernels import grouped_matmul
-from scanax.kernels.dispatch import record
+from scanax.kernels.dispatch import on, record
 from scanax.kernels.grouped_matmul import megablox, xla
 from scanax.sharding import hlo
 from support.compare import close, rms
+from support.targets import HOPPER, TPU, tracing
 
 NAMES = ("xla", "ragged", "reference")
-ALL = (*NAMES, "megablox interpreted")
+ALL = (*NAMES, "megablox")
 BARS = {jnp.float32: (1e-5, 1e-4), jnp.float64: (1e-10, 1e-10)}
 RUNS = [(name, jnp.float32) for name in ALL] + [(name, jnp.float64) for name in NAMES]
 ROWS = 61  # prime
@@ -60,19 +61,18 @@ def by_hand(x, w, sizes, ct, transpose):
 @cache
 def implementation(name, transpose):
     """(y, gradients to x and w) as one compiled function, of which the sizes are data."""
-    if name == "megablox interpreted":
-        run = megablox.make(interpret=True)
-    else:
-
-        def run(x, w, sizes, transpose):
-            return grouped_matmul(x, w, sizes, transpose=transpose, implementation=name)
 
     @jax.jit
     def both(x, w, sizes, ct):
-        y, pull = jax.vjp(lambda x, w: run(x, w, sizes, transpose), x, w)
+        how = {"transpose": transpose, "implementation": name}
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, **how), x, w)
         return y, pull(ct)
 
-    return both
+    def traced(*args):
+        with tracing(name):
+            return both(*args)
+
+    return traced
 
 
 def cast(problem, dtype):
@@ -141,7 +141,7 @@ def test_widths_that_fill_no_tile(transpose):
     """More than one tile of columns, the last one short."""
     rng = np.random.default_rng(4)
     problem = draw(rng, 9, [5, 3], transpose, megablox.COLUMNS + 9, megablox.COLUMNS + 3)
-    check("megablox interpreted", transpose, cast(problem, np.float32), jnp.float32)
+    check("megablox", transpose, cast(problem, np.float32), jnp.float32)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -177,7 +177,7 @@ def test_reference_differentiates_any_way():
     close(*jax.jit(lambda: (curvature(reference), curvature(gathered)))(), 1e-4)
 
 
-def test_what_runs_where(monkeypatch):
+def test_what_runs_where():
     x, w, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.asarray([1, 3])
 
     def ran(dtype, **how):
@@ -189,15 +189,15 @@ def test_what_runs_where(monkeypatch):
 
     assert ran(jnp.float32) == "xla"
     assert [ran(jnp.float32, implementation=name) for name in NAMES] == list(NAMES)
-    with pytest.raises(NotImplementedError, match="megablox: it runs on TPUs, not on cpu"):
+    with pytest.raises(NotImplementedError, match="megablox: it runs on TPUs, and this is cpu"):
         ran(jnp.float32, implementation="megablox")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert ran(jnp.float32) == "ragged"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert ran(jnp.bfloat16) == "megablox"
-    assert ran(jnp.float16) == "xla"
-    with pytest.raises(NotImplementedError, match="float32 or bfloat16, not float16"):
-        ran(jnp.float16, implementation="megablox")
+    with on(HOPPER):
+        assert ran(jnp.float32) == "ragged"
+    with on(TPU):
+        assert ran(jnp.bfloat16) == "megablox"
+        assert ran(jnp.float16) == "xla"
+        with pytest.raises(NotImplementedError, match="float32 or bfloat16, not float16"):
+            ran(jnp.float16, implementation="megablox")
 
 
 def gradients(run, rows, groups, width, hidden, dtype=jnp.float32):

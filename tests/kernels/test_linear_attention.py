@@ -96,7 +96,7 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_an_implementation_is_named_or_refused():
-    with pytest.raises(NotImplementedError, match="no implementation 'cuda'; it has xla"):
+    with pytest.raises(NotImplementedError, match=r"no implementation 'cuda'; it has .*xla"):
         linear_attention(**arguments(), implementation="cuda")
     with dispatch.record() as ran:
         linear_attention(**arguments())

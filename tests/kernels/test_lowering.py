@@ -5,15 +5,22 @@ import jax.numpy as jnp
 import pytest
 from scanax.kernels.dispatch import on
 from support.lowered import CASES, WIDTHS, case
-from support.targets import TPU
+from support.targets import HOPPER, TPU
 
+DEVICES = {
+    "tpu": (TPU, "pallas_tpu", "tpu_custom_call"),
+    "cuda": (HOPPER, "pallas_gpu", "mosaic_gpu"),
+}
+DTYPES = {"tpu": (jnp.float32, jnp.bfloat16), "cuda": (jnp.bfloat16,)}
+WITHOUT = {"cuda": ("attention", "decode", "fixed_query"), "tpu": ()}
 LOWERED = [
-    (name, "tpu", width, dtype, width == 64)  # documents at one width: they change masks, not tiles
+    (name, platform, width, dtype, width == 64)  # documents at one width: they change no tile
+    for platform in DEVICES
     for name in CASES
+    if name not in WITHOUT[platform]
     for width in WIDTHS
-    for dtype in (jnp.float32, jnp.bfloat16)
+    for dtype in DTYPES[platform]
 ]
-DEVICES = {"tpu": (TPU, "pallas_tpu", "tpu_custom_call")}
 
 
 def name_of(one):

@@ -30,6 +30,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_cached():
+    """A TPU's program cannot be read back without a TPU."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", CASES)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scanax.kernels.dispatch import record
 from scanax.kernels.monoid import DECAY, SOFTMAX, resettable, scan
 from scanax.sharding import mesh, sequence
 from support.compare import close
 from support.ladder import BY_NAME, check, problem, with_gradients
+from support.targets import tracing
 
 TIME = 64
 MESHES = ("seq=8", "data=2,seq=2,tensor=2")
@@ -26,6 +28,18 @@ def test_a_mesh_changes_nothing(name, over):
             reset[0, [8, 31, 32]] = True
             answer = exact(name, inputs, ct, reset)
             check(mixer, case, jnp.float32, run(inputs, ct, reset), answer)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_kernels_run_on_a_mesh(name):
+    """Each device's share goes through the kernel for TPUs, here interpreted."""
+    mixer = BY_NAME[name]
+    inputs, ct, reset, _ = problem(name, "mixed", jnp.float32, TIME)
+    answer = exact(name, inputs, ct, reset)
+    with jax.set_mesh(mesh.make(MESHES[1])), tracing("pallas_tpu"), record() as ran:
+        got = with_gradients(lambda x, reset: mixer.run(x, reset))(inputs, ct, reset)
+    assert {implementation for _, implementation in ran} == {"pallas_tpu"}
+    check(mixer, "mixed", jnp.float32, got, answer)
 
 
 def exact(name, inputs, ct, reset):

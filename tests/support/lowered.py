@@ -80,8 +80,8 @@ def decode_case(implementation, width, dtype):
 
 
 def selective_case(implementation, width, dtype):
-    """`width` channels of four heads, and 16 states."""
-    tokens = (shape(BATCH, TIME, 4 * width, dtype=dtype),) * 2
+    """`width` channels of four heads, and 16 states; delta is in float32, as a layer has it."""
+    tokens = shape(BATCH, TIME, 4 * width, dtype=dtype), shape(BATCH, TIME, 4 * width)
     shared = (shape(BATCH, TIME, 16, dtype=dtype),) * 2
 
     def run(reset, u, delta, A, B, C, D, state):

@@ -1,0 +1,59 @@
+"""Seconds of a call and of its gradient, and medians of calls that take turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+WINDOW, MOST = 0.01, 100  # seconds that quick calls are repeated for, and how often at most
+
+
+def both(run: Callable) -> Callable:
+    """The outputs of a call and its gradients to every float argument.
+
+    The outputs are the cotangents too, as of half the sum of their squares: a backward pass that
+    reads what it must, and nothing is added to either pass.
+    """
+
+    def outputs_and_gradients(*arguments):
+        floats = {i: x for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+        def of(floats):
+            return run(*(floats.get(i, x) for i, x in enumerate(arguments)))
+
+        y, pull = jax.vjp(of, floats)
+        return y, pull(y)[0]
+
+    return outputs_and_gradients
+
+
+def compiled(run: Callable, arguments: tuple) -> Any:
+    """The program of a call of these arguments; whatever it calls is traced anew."""
+    return jax.jit(lambda *given: run(*given)).lower(*arguments).compile()
+
+
+def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+    """Of one call, among as many in a row as hide what it costs to begin one.
+
+    The first is not timed: it pays for what ran before it, memory freed late too.
+    """
+    begun = time.perf_counter()
+    wait(call())
+    row = int(min(MOST, max(1, WINDOW / (time.perf_counter() - begun))))
+    begun = time.perf_counter()
+    for _ in range(row - 1):
+        call()
+    wait(call())
+    return (time.perf_counter() - begun) / row
+
+
+def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dict[Any, float]:
+    """Median milliseconds; in each round every call says its seconds once, so all drift alike."""
+    spent: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in rounds:
+        for name, call in calls.items():
+            spent[name].append(call())
+    return {name: 1e3 * statistics.median(times) for name, times in spent.items()}

@@ -1,0 +1,89 @@
+"""What the kernels for Hopper GPUs share: a warpgroup's tiles, and products by its tensor cores.
+
+A warpgroup keeps a matrix in registers as its tensor cores leave it (the layout WGMMA), and numbers
+of each row or column spread alongside. The interpreter knows neither layouts nor transposed tiles:
+for it they are plain arrays. This module imports Mosaic GPU; whoever dispatches imports it late.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as gpu
+
+from . import pallas
+from .dispatch import Target
+
+TILE = 64  # rows of a tensor core product, and the bfloat16 of a swizzled line of shared memory
+
+
+def call(kernel, device: Target, **how):
+    """`gpu.kernel` compiled, or interpreted where the target says so."""
+    # The other semantics, the default since JAX 0.11, finds no layouts for kernels like these.
+    lane = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Lane)
+    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=lane, **how)
+
+    def run(*args):
+        with jax.enable_x64(False):
+            return launch(*args)
+
+    return run
+
+
+def tiles(*shape):
+    """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix."""
+    swizzled = gpu.TilingTransform((8, TILE)), gpu.SwizzleTransform(2 * TILE)
+    return gpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
+
+
+class Warpgroup:
+    """A kernel's thread, which is a warpgroup: what it loads into registers and multiplies."""
+
+    def __init__(self, device: Target):
+        self.interpreted = bool(device.interpret)
+
+    def _load(self, ref, layout):
+        return ref[...] if self.interpreted else gpu.layout_cast(ref[...], layout)
+
+    def tile(self, ref):
+        """A matrix in shared memory, as float32."""
+        return self._load(ref, gpu.Layout.WGMMA).astype(jnp.float32)
+
+    def from_global(self, ref):
+        """A matrix in global memory."""
+        if self.interpreted:
+            return ref[...]
+        index = [()] if "idx" in inspect.signature(gpu.load).parameters else []  # before JAX 0.11
+        return gpu.load(ref, *index, layout=gpu.Layout.WGMMA, optimized=False)
+
+    def down(self, ref, width=TILE):
+        """Numbers of the rows, in shared memory, as a matrix of equal columns."""
+        x = self._load(ref, gpu.Layout.WGMMA.reduce(1))
+        return jax.lax.broadcast_in_dim(x, (*x.shape, width), (0,))
+
+    def across(self, ref, height=TILE):
+        """Numbers of the columns as a matrix of equal rows."""
+        x = self._load(ref, gpu.Layout.WGMMA.reduce(0))
+        return jax.lax.broadcast_in_dim(x, (height, *x.shape), (1,))
+
+    def index(self, shape, axis):
+        """The number of each element along `axis`, int32."""
+        if self.interpreted:
+            return pallas.index(shape, axis)
+        return gpu.broadcasted_iota(jnp.int32, shape, axis, layout=gpu.Layout.WGMMA)
+
+    def dot(self, dims, x, y):
+        """A product in float32 of two matrices in shared memory; `dims` as "ik,jk->ij"."""
+        if self.interpreted:
+            return pallas.dot(x[...], y[...], dims, exact=False)
+        left, right, out = dims.replace("->", ",").split(",")
+        x = x if left[0] == out[0] else x.transpose((1, 0))
+        y = y if right[1] == out[1] else y.transpose((1, 0))
+
+        def multiply(total):
+            gpu.wgmma(total, x, y)
+            return total[...]
+
+        total = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+        return pl.run_scoped(multiply, total((x.shape[0], y.shape[1]), jnp.float32))

@@ -1,0 +1,239 @@
+"""Check an installation: every operation and implementation on this machine, against float64.
+
+python -m scanax.selftest
+
+About a minute. Each line is one implementation of one operation on one kind of device: the relative
+errors of its values and gradients against the token recurrence in float64, or why it does not run
+here. Kernels for TPUs also run interpreted where there is no TPU, and with several devices each
+operation runs once with its sequence spread over all of them. Exit status 1 if an error is over its
+bar: 1e-5 for values and 1e-4 for gradients in float32, 0.005 in root mean square for bfloat16.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import kernels
+from .kernels import dispatch
+from .kernels.attention import IMPLEMENTATIONS as ATTENTION
+from .kernels.attention.fixed_query import IMPLEMENTATIONS as FIXED_QUERY
+from .kernels.grouped_matmul import IMPLEMENTATIONS as GROUPED_MATMUL
+from .kernels.linear_attention import IMPLEMENTATIONS as LINEAR_ATTENTION
+from .kernels.selective_scan import IMPLEMENTATIONS as SELECTIVE_SCAN
+from .sharding import mesh, ops
+
+IMPLEMENTATIONS = {
+    "linear_attention": LINEAR_ATTENTION,
+    "selective_scan": SELECTIVE_SCAN,
+    "fixed_query": FIXED_QUERY,
+    "attention": ATTENTION,
+    "grouped_matmul": GROUPED_MATMUL,
+}
+B, T, H, G, K = 2, 60, 4, 2, 64  # 60 tokens divide over 2 to 6 devices
+CHUNK = 16
+LOG_DECAYS = 0.0, -1e-4, -1.0, -30.0, -200.0
+BARS = {"float32": (1e-5, 1e-4), "bfloat16": (0.005, None)}
+WIDE = ("state", "log_decay", "A", "D")  # never in less than float32
+DEFINITIONS = ("reference", "associative")  # in float32 only
+TPU_KERNELS = ("pallas_tpu", "megablox")
+INTERPRETED = dispatch.Target("tpu", "TPU v5 lite", interpret=True)
+Case = tuple[str, str, dict[str, np.ndarray], dict[str, Any]]
+
+
+def cases() -> Iterator[Case]:
+    """(name, operation, what is differentiated, in float64, and the other arguments)."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape)
+
+    reset = rng.random((B, T)) < 0.05
+    chunk = {"reset": reset, "chunk": CHUNK}
+    qkv = {name: normal(B, T, n, K) for name, n in zip("qkv", (H, G, H), strict=True)}
+    for kind, shape in (
+        ("vector decay", (B, T, H, K)),
+        ("scalar decay", (B, T, H)),
+        ("constant decay", (H,)),
+    ):
+        floats = qkv | {"log_decay": rng.choice(LOG_DECAYS, shape), "state": normal(B, H, K, K)}
+        yield f"linear_attention, {kind}", "linear_attention", floats, chunk
+    floats = {name: normal(B, T, 32) for name in ("u", "delta")}
+    floats["delta"] = -rng.choice(LOG_DECAYS, (B, T, 32))
+    floats |= {"B": normal(B, T, 16), "C": normal(B, T, 16), "D": normal(32)}
+    floats |= {"A": -rng.uniform(0.5, 1, (32, 16)), "state": normal(B, 32, 16)}
+    yield "selective_scan", "selective_scan", floats, chunk
+    floats = {"q": normal(H, K), "k": normal(B, T, G, K), "v": normal(B, T, G, K)}
+    yield "fixed_query", "fixed_query", floats, chunk
+    block = {"reset": reset, "block": CHUNK}
+    floats = {"q": normal(B, T, H, K), "k": normal(B, T, G, K), "v": normal(B, T, G, K)}
+    yield "attention", "attention", floats, block
+    yield "attention, window", "attention", floats, block | {"window": 9}
+    one = floats | {"q": normal(B, 1, H, K)}
+    yield (
+        "attention, one query",
+        "attention",
+        one,
+        {
+            "q_index": np.array([[T - 1], [20]], np.int32),
+            "block": CHUNK,
+        },
+    )
+    floats = {"x": normal(B * T, 32), "w": normal(5, 32, 48)}
+    sizes = np.array([50, 0, 3, 41, B * T - 96], np.int32)  # and two rows of no group
+    yield "grouped_matmul", "grouped_matmul", floats, {"sizes": sizes}
+
+
+def both(run: Callable) -> Callable:
+    """(inputs, cotangents) -> values, and gradients to every input."""
+
+    def call(floats, cotangents):
+        out, pull = jax.vjp(lambda x: run(**x), floats)
+        return out, pull(cotangents)[0]
+
+    return jax.jit(call)
+
+
+def rounded(floats: dict, dtype: str) -> dict:
+    return {
+        name: jnp.asarray(x, jnp.float32 if name in WIDE else dtype) for name, x in floats.items()
+    }
+
+
+class Problem:
+    """One case in one dtype after another, and its answer by the definition in float64."""
+
+    def __init__(self, case: Case):
+        self.name, self.op, self.given, self.others = case
+        self.definition = both(self.call("reference"))
+
+    def round(self, dtype: str, cpu: Any) -> None:
+        """Take inputs of this dtype."""
+        self.dtype, self.floats = dtype, rounded(self.given, dtype)
+        out = jax.eval_shape(lambda x: self.call("reference")(**x), self.floats)
+        rng = np.random.default_rng(1)
+        self.cotangents = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out
+        )
+        given = jax.tree.map(np.asarray, (self.floats, self.cotangents))
+        with jax.enable_x64(True), jax.default_device(cpu):
+            exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), given)
+            self.answer = jax.tree.map(np.asarray, self.definition(*exact))
+
+    def call(self, implementation: str | None, module: Any = kernels) -> Callable:
+        how = {} if implementation is None else {"implementation": implementation}
+
+        def run(**floats):
+            others = {
+                name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+                for name, x in self.others.items()
+            }
+            return getattr(module, self.op)(**floats, **others, **how)
+
+        return run
+
+    def refusal(self, implementation: str) -> str | None:
+        """Why an implementation does not take this call on the device that is traced for."""
+        try:
+            jax.eval_shape(lambda x: self.call(implementation)(**x), self.floats)
+        except NotImplementedError as error:
+            return str(error).rpartition(f"{implementation}: ")[2]
+        return None
+
+    def errors(self, run: Callable) -> tuple[float, float | None]:
+        """(of the values, of the gradients): the largest of any array; in float32 of both."""
+        if self.dtype != "float32":
+            return self.largest(jax.jit(lambda x: run(**x))(self.floats), self.answer[0]), None
+        values, gradients = both(run)(self.floats, self.cotangents)
+        return self.largest(values, self.answer[0]), self.largest(gradients, self.answer[1])
+
+    def largest(self, got: Any, true: Any) -> float:
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True)
+        return max(self.error(np.asarray(x), y) for x, y in pairs)
+
+    def error(self, x: np.ndarray, true: np.ndarray) -> float:
+        difference = x.astype(np.float64) - true
+        if self.dtype == "float32":
+            error = np.abs(difference).max() / np.abs(true).max()
+        else:
+            error = np.sqrt(np.mean(difference**2) / np.mean(true**2))
+        return float(error) if np.isfinite(error) else float("inf")
+
+
+def rows(problem: Problem, over: Any) -> Iterator[tuple[str, str, Callable | None, Any, str]]:
+    """(implementation, where, what to run or None, under which context, why not)."""
+    here = dispatch.target()
+    for name in IMPLEMENTATIONS[problem.op]:
+        if problem.dtype != "float32" and name in DEFINITIONS:
+            continue
+        reason = problem.refusal(name)
+        if reason is None:
+            yield name, here.kind, problem.call(name), dispatch.on(here), ""
+            continue
+        yield name, here.kind, None, dispatch.on(here), reason
+        with dispatch.on(INTERPRETED):
+            interpreted = name in TPU_KERNELS and problem.refusal(name) is None
+        if interpreted and here.platform == "cpu":
+            yield name, "interpreted", problem.call(name), dispatch.on(INTERPRETED), ""
+    if over is not None and hasattr(ops, problem.op):
+        where = f"{over.size} x {here.kind}"
+        yield "over seq", where, problem.call(None, ops), jax.set_mesh(over), ""
+
+
+def run(only: str = "") -> int:
+    """Print the table; how many rows are over their bar."""
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:
+        print(
+            "selftest: the answers are computed on the CPU, which JAX_PLATFORMS hides; "
+            f"add it: JAX_PLATFORMS={jax.default_backend()},cpu",
+            file=sys.stderr,
+        )
+        return 1
+    count = max(n for n in (1, 2, 3, 4, 5, 6) if n <= len(jax.devices()))
+    over = mesh.make(f"seq={count}") if count > 1 else None
+    print(f"jax {jax.__version__}, {len(jax.devices())} x {dispatch.target().kind}")
+    line = "{:34} {:12} {:9} {:16} {:>9} {:>9}  {}"
+    print(line.format("operation", "by", "dtype", "on", "values", "gradients", ""))
+    failed, begin = 0, time.monotonic()
+    for case in cases():
+        if only not in case[0]:
+            continue
+        problem = Problem(case)
+        for dtype, (value_bar, gradient_bar) in BARS.items():
+            problem.round(dtype, cpu)
+            for name, where, call, context, reason in rows(problem, over):
+                if call is None:
+                    print(line.format(case[0], name, dtype, where, "-", "-", reason), flush=True)
+                    continue
+                with context:
+                    values, gradients = problem.errors(call)
+                sound = values <= value_bar and (gradients or 0) <= (gradient_bar or 0)
+                failed += not sound
+                shown = (f"{values:.1e}", "-" if gradients is None else f"{gradients:.1e}")
+                verdict = "ok" if sound else f"OVER ITS BAR of {value_bar}, {gradient_bar}"
+                print(line.format(case[0], name, dtype, where, *shown, verdict), flush=True)
+    print(f"{failed} over their bar; {time.monotonic() - begin:.0f} s")
+    return failed
+
+
+def main(args: list[str] | None = None) -> int:
+    """0: all within their bars. 1: not. 2: something given is wrong."""
+    parser = argparse.ArgumentParser("selftest", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    only = parser.parse_args(args).only
+    if not any(only in case[0] for case in cases()):
+        names = ", ".join(case[0] for case in cases())
+        print(f"selftest: --only {only}: part of none of {names}", file=sys.stderr)
+        return 2
+    return int(run(only) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
