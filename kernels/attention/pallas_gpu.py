@@ -18,12 +18,14 @@ from .. import dispatch, pallas, tuned
 from . import tiles, xla
 
 OWN, WIDEST = 128, 256  # tokens of the tile that a program owns; features of a head
+MOST = 64  # heads of a group that a decoding step takes
 LOG2E = 1.4426950408889634
 
 forward, rows, columns = (
     dispatch.late(f"{__package__}.pallas_gpu_kernels", name)
     for name in ("forward", "rows", "columns")
 )
+decode = dispatch.late(f"{__package__}.decode_pallas_gpu", "attention")
 
 
 def refuse(q, k, v, first, last, kv_index, scale, block, dtype):
@@ -76,6 +78,9 @@ def _attention(how, q, k, v, first, last, kv_index):
 
 def _forward(how, q, k, v, first, last, kv_index):
     (device, scale, dtype, block), time = how, q.shape[1]
+    if time == 1 and q.shape[2] <= MOST * k.shape[2]:
+        out = decode(device, scale, dtype, q, k, v, first, last, kv_index)
+        return out, (q, k, v, first, last, kv_index, *out)
     bad = _unsound(k, v)
     masks = Masks(first, last, kv_index)
     written = dtype if dtype in (jnp.float32, jnp.bfloat16) else jnp.float32

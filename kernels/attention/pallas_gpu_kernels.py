@@ -104,14 +104,14 @@ def add(device, totals, terms):
     return tuple(pl.run_state(run)(tuple(gpu.ACC.init(total) for total in totals)))
 
 
-def put(x, stage, out):
-    """Registers to global memory, by way of a narrow tile of shared memory."""
+def put(x, stage, out, height=ROWS):
+    """Registers to global memory, the first rows, by way of a narrow tile of shared memory."""
     width = stage.shape[1]
     for begin in range(0, x.shape[1], width):
         gpu.wait_smem_to_gmem(0, wait_read_only=True)
         stage[...] = x[:, begin : begin + width].astype(stage.dtype)
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(stage, out.at[:, pl.ds(begin, width)])
+        gpu.copy_smem_to_gmem(stage.at[:height], out.at[:, pl.ds(begin, width)])
 
 
 def stage(dtype):

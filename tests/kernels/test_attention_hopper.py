@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 from scanax.kernels import attention
-from scanax.kernels.attention import attention_gradients, delta
+from scanax.kernels.attention import attention_gradients, decode_pallas_gpu, delta
 from scanax.kernels.dispatch import Target, on
 from support.compare import rms
 from support.lowered import WIDTHS, case
@@ -23,7 +23,7 @@ except AttributeError:  # before JAX 0.11
 
 INTERPRETED = Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(detect_races=True))
 B, T, S, H, G, K, V = 1, 100, 140, 2, 1, 64, 64  # three tiles of 64 keys
-BAR = 0.005
+NAMES, BAR = ("q_index", "q_start", "kv_index"), 0.005
 
 
 def draw(rng, batch=B, time=T, source=S, heads=H, groups=G, key=K, value=V):
@@ -38,7 +38,7 @@ def pulled(implementation):
     """(y, lse) and gradients, of a mask that is data as a cache gives it."""
 
     def call(qkv, cotangents, q_index, q_start, kv_index):
-        mask = {"q_index": q_index, "q_start": q_start, "kv_index": kv_index}
+        mask = dict(zip(NAMES, (q_index, q_start, kv_index), strict=True))
         run = partial(attention, return_lse=True, implementation=implementation, **mask)
         out, pull = jax.vjp(run, *qkv)
         return out, pull(cotangents)
@@ -159,13 +159,56 @@ def test_gradients_of_parts_of_the_keys_sum_to_the_whole():
     rms(got, true, BAR)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "cause"),
+    [((3, 1, 200, 4, 2, 64, 64), "key"), ((2, 1, 200, 2, 1, 192, 128), "value")],
+    ids=["64-64", "192-128"],
+)
+def test_one_query_a_row(sizes, cause, monkeypatch):
+    """Workers across rows, holes, a row that sees nothing, bad numbers out of sight and in it."""
+    monkeypatch.setitem(decode_pallas_gpu.CORES, INTERPRETED.kind, 1)
+    rng, (batch, _, source) = np.random.default_rng(6), sizes[:3]
+    (q, k, v), _ = draw(rng, *sizes)
+    q_index = np.array([[199], [60], [130]])[:batch]
+    held = np.where(rng.random((batch, source)) < 0.3, -1, np.arange(source))
+    held[2:] = -1
+    mask = [jnp.asarray(x, jnp.int32) for x in (q_index, np.maximum(q_index - 150, 0), held)]
+    run = partial(attention, return_lse=True, **dict(zip(NAMES, mask, strict=True)))
+    true, true_lse = jax.jit(partial(run, implementation="reference"))(
+        *(x.astype(jnp.float32) for x in (q, k, v))
+    )
+    hidden, shown = (0, 20), (1, int(np.flatnonzero(held[1] >= 0)[0]))
+    bad_k, bad_v = k.at[hidden].set(-jnp.inf), v.at[hidden].set(jnp.nan)
+    if cause == "key":
+        bad_k = bad_k.at[shown].set(-jnp.inf)
+    else:
+        bad_v = bad_v.at[(*shown, slice(None), 3)].set(jnp.inf)
+    with on(INTERPRETED):
+        decode = jax.jit(partial(run, implementation="pallas_gpu"))
+        (y, lse), bad = decode(q, k, v), decode(q, bad_k, bad_v)
+    assert np.isneginf(lse[2:]).all() and not np.asarray(y[2:]).any()
+    rms(y, true, BAR)
+    rms(lse[:2], true_lse[:2], 1e-5)
+    for x, z in zip(bad, (y, lse), strict=True):
+        assert not np.isfinite(np.asarray(x[1], np.float32)).any()
+        np.testing.assert_array_equal(x[::2], z[::2])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_lowers(width, packed):
-    run, arrays = case("attention", "pallas_gpu", width, jnp.bfloat16, packed)
+    assert lowered("attention", width, packed).count("@mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_decoding_lowers(width):
+    assert lowered("decode", width, False).count("@mosaic_gpu") == 1
+
+
+def lowered(name, width, packed):
+    run, arrays = case(name, "pallas_gpu", width, jnp.bfloat16, packed)
     with on(HOPPER):
-        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 3
+        return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
