@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 
 from ..monoid import LOWEST
 from . import decode, tiles
-from .pallas_gpu_kernels import (
+from .pallas_gpu_parts import (
     LARGE,
     LOG2E,
     ROWS,
