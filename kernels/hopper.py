@@ -18,11 +18,15 @@ from .dispatch import Target
 TILE = 64  # rows of a tensor core product, and the bfloat16 of a swizzled line of shared memory
 
 
-def call(kernel, device: Target, **how):
-    """`gpu.kernel` compiled, or interpreted where the target says so."""
-    # The other semantics, the default since JAX 0.11, finds no layouts for kernels like these.
-    lane = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Lane)
-    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=lane, **how)
+def call(kernel, device: Target, *, infer: bool = False, **how):
+    """`gpu.kernel` compiled, or interpreted where the target says so.
+
+    A kernel that names its layouts is lowered as it says; `infer` finds them, and exponentials are
+    then the hardware's, of 2 units in the last place.
+    """
+    semantics = gpu.LoweringSemantics.Warpgroup if infer else gpu.LoweringSemantics.Lane
+    parameters = gpu.CompilerParams(lowering_semantics=semantics, approx_math=infer)
+    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=parameters, **how)
 
     def run(*args):
         with jax.enable_x64(False):
@@ -31,9 +35,12 @@ def call(kernel, device: Target, **how):
     return run
 
 
-def tiles(*shape):
-    """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix."""
-    swizzled = gpu.TilingTransform((8, TILE)), gpu.SwizzleTransform(2 * TILE)
+def tiles(*shape, line=TILE):
+    """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix.
+
+    A product sums over a multiple of `line` of its rows or columns.
+    """
+    swizzled = gpu.TilingTransform((8, line)), gpu.SwizzleTransform(2 * line)
     return gpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
 
 

@@ -1,4 +1,4 @@
-"""Attention's kernels for Hopper GPUs: interpreted on tiny shapes, lowered at those of models."""
+"""Attention's kernels for Hopper GPUs, interpreted on tiny shapes."""
 
 import subprocess
 import sys
@@ -8,20 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu
 from scanax.kernels import attention
 from scanax.kernels.attention import attention_gradients, decode_pallas_gpu, delta
-from scanax.kernels.dispatch import Target, on
+from scanax.kernels.dispatch import on
 from support.compare import rms
-from support.lowered import WIDTHS, case
-from support.targets import HOPPER
+from support.targets import HOPPER, interpreted_hopper
 
-try:
-    Parameters = mosaic_gpu.InterpretGPUParams
-except AttributeError:  # before JAX 0.11
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as Parameters
-
-INTERPRETED = Target("gpu", "NVIDIA H200", "9.0", interpret=Parameters(detect_races=True))
+INTERPRETED = interpreted_hopper(detect_races=True)
 B, T, S, H, G, K, V = 1, 100, 140, 2, 1, 64, 64  # three tiles of 64 keys
 NAMES, BAR = ("q_index", "q_start", "kv_index"), 0.005
 
@@ -192,23 +185,6 @@ def test_one_query_a_row(sizes, cause, monkeypatch):
     for x, z in zip(bad, (y, lse), strict=True):
         assert not np.isfinite(np.asarray(x[1], np.float32)).any()
         np.testing.assert_array_equal(x[::2], z[::2])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_lowers(width, packed):
-    assert lowered("attention", width, packed).count("@mosaic_gpu") == 3
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_decoding_lowers(width):
-    assert lowered("decode", width, False).count("@mosaic_gpu") == 1
-
-
-def lowered(name, width, packed):
-    run, arrays = case(name, "pallas_gpu", width, jnp.bfloat16, packed)
-    with on(HOPPER):
-        return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ DEVICES = {
     "cuda": (HOPPER, "pallas_gpu", "mosaic_gpu"),
 }
 DTYPES = {"tpu": (jnp.float32, jnp.bfloat16), "cuda": (jnp.bfloat16,)}
-WITHOUT = {"cuda": ("attention", "decode", "fixed_query"), "tpu": ()}
+WITHOUT = {"cuda": ("fixed_query",), "tpu": ()}
 LOWERED = [
     (name, platform, width, dtype, width == 64)  # documents at one width: they change no tile
     for platform in DEVICES
