@@ -6,6 +6,7 @@ for it they are plain arrays. This module imports Mosaic GPU; whoever dispatches
 """
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,19 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from . import pallas
 from .dispatch import Target
 
+ACC: Any = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 TILE = 64  # rows of a tensor core product, and the bfloat16 of a swizzled line of shared memory
 
 
-def call(kernel, device: Target, **how):
-    """`gpu.kernel` compiled, or interpreted where the target says so."""
-    # The other semantics, the default since JAX 0.11, finds no layouts for kernels like these.
-    lane = gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Lane)
-    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=lane, **how)
+def call(kernel, device: Target, *, infer: bool = False, **how):
+    """`gpu.kernel` compiled, or interpreted where the target says so.
+
+    A kernel that names its layouts is lowered as it says; `infer` finds them, and exponentials are
+    then the hardware's, of 2 units in the last place.
+    """
+    semantics = gpu.LoweringSemantics.Warpgroup if infer else gpu.LoweringSemantics.Lane
+    parameters = gpu.CompilerParams(lowering_semantics=semantics, approx_math=infer)
+    launch = gpu.kernel(kernel, interpret=device.interpret, compiler_params=parameters, **how)
 
     def run(*args):
         with jax.enable_x64(False):
@@ -31,9 +37,12 @@ def call(kernel, device: Target, **how):
     return run
 
 
-def tiles(*shape):
-    """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix."""
-    swizzled = gpu.TilingTransform((8, TILE)), gpu.SwizzleTransform(2 * TILE)
+def tiles(*shape, line=TILE):
+    """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix.
+
+    A product sums over a multiple of `line` of its rows or columns.
+    """
+    swizzled = gpu.TilingTransform((8, line)), gpu.SwizzleTransform(2 * line)
     return gpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
 
 
@@ -50,7 +59,7 @@ class Warpgroup:
         """A matrix in shared memory, as float32."""
         return self._load(ref, gpu.Layout.WGMMA).astype(jnp.float32)
 
-    def from_global(self, ref, layout=gpu.Layout.WGMMA):
+    def from_global(self, ref, layout: Any = gpu.Layout.WGMMA):
         """A matrix in global memory, or of another layout."""
         if self.interpreted:
             return ref[...]
@@ -85,5 +94,4 @@ class Warpgroup:
             gpu.wgmma(total, x, y)
             return total[...]
 
-        total = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-        return pl.run_scoped(multiply, total((x.shape[0], y.shape[1]), jnp.float32))
+        return pl.run_scoped(multiply, ACC((x.shape[0], y.shape[1]), jnp.float32))

@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from .. import hopper
 from ..monoid import LOWEST
 from . import decode, tiles
-from .pallas_gpu_parts import (
+from .pallas_gpu_tiles import (
     LARGE,
     LOG2E,
     ROWS,
@@ -30,7 +31,6 @@ from .pallas_gpu_parts import (
     call,
     divide,
     down,
-    matrix,
     plain,
     put,
     release,
@@ -56,7 +56,7 @@ def scores(device, q, k, v):
             gpu.wgmma(total, zero, line.transpose((1, 0)))
         return total[...]
 
-    return pl.run_scoped(run, gpu.ACC((ROWS, k.shape[0]), jnp.float32))
+    return pl.run_scoped(run, hopper.ACC((ROWS, k.shape[0]), jnp.float32))
 
 
 def clean(s, v):
@@ -103,7 +103,7 @@ def _kernel(device, factor, groups, sizes, *refs):
 
         def step(n, carry):
             turn, *state = carry
-            _, row, _, _, _, starts = step_of(worker, n)
+            row, starts = (step_of(worker, n)[i] for i in (1, 5))
             begins = starts & (n > 0)
 
             @pl.when(begins)
@@ -210,9 +210,9 @@ def attention(device, scale, dtype, q, k, v, first, last, kv_index):
     rows = rearrange(q, "b 1 (g r) k -> (b g) r k", g=groups)
     rows = jnp.pad(rows, [(0, 0), (0, ROWS - ratio), (0, 0)])
     scratch = [
-        matrix(parts, 2, ROWS, K),
-        matrix(parts, stages, TILE, K),
-        matrix(parts, stages, TILE, V),
+        hopper.tiles(parts, 2, ROWS, K),
+        hopper.tiles(parts, stages, TILE, K),
+        hopper.tiles(parts, stages, TILE, V),
         gpu.SMEM((parts, stages, TILE), jnp.int32),
         stage(jnp.float32),
         gpu.SMEM((parts, 2, ROWS), jnp.float32),

@@ -15,8 +15,6 @@ beside the keys. Operations: 4 C V forward and 8 C V backward, of which half is 
 products, for with weights of bfloat16 v_s - y_t would be off by what they do not sum to.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -46,7 +44,7 @@ def fixed_query(q, k, v, scale, state, reset, chunk):
     del chunk
     time, groups = k.shape[1:3]
 
-    def pad(x, fill=0):
+    def pad(x, fill=0.0):
         padding = [(0, 0), (0, -time % CHUNK)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, padding, constant_values=fill)
 
@@ -164,9 +162,9 @@ def _backward(device, residuals, cotangents):
     return ds, dv, (d_top[..., 0] + u * d_mass, du, dw), None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(device, s, v, state, reset):
+def _values(device, s, v, state, reset):
     return _forward(device, s, v, state, reset)[0]
 
 
+_scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
 _scan.defvjp(_forward, _backward)

@@ -68,7 +68,7 @@ def walk(device, v, rows, mean):
             slot = jax.lax.rem(n, jnp.int32(2))
             gpu.barrier_wait(ready.at[slot])
             rows = rows_slots.at[slot]
-            weight, _ = weights(warps, rows)
+            weight = weights(warps, rows)[0]
             inner[...], rest[...] = in_two(weight)
             gpu.wait_smem_to_gmem(0, wait_read_only=True)  # `out` has left
             gpu.commit_smem()

@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from ..hopper import tiles
 from ..monoid import LOWEST
-from .pallas_gpu_parts import (
+from .pallas_gpu_tiles import (
     LARGE,
     LOG2E,
     OWN,
@@ -27,7 +28,6 @@ from .pallas_gpu_parts import (
     down,
     fill,
     hide,
-    matrix,
     products,
     put,
     release,
@@ -114,10 +114,10 @@ def forward(device, scale, dtype, q, k, v, interval, index, ranges, ends):
             fill(owned, loaded, high - low, (of_k, k_filled, k_freed), (of_v, v_filled, v_freed))
 
     scratch = [
-        matrix(2, ROWS, K),
+        tiles(2, ROWS, K),
         gpu.SMEM((2, 2, ROWS), jnp.int32),
-        matrix(STAGES, size, K),
-        matrix(STAGES, size, V),
+        tiles(STAGES, size, K),
+        tiles(STAGES, size, V),
         gpu.SMEM((STAGES, size), jnp.int32),
         stage(dtype),
         gpu.SMEM((2, ROWS), jnp.float32),
@@ -202,12 +202,12 @@ def rows(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges, en
             fill(owned, loaded, high - low, (of_v, v_filled, v_freed), (of_k, k_filled, k_freed))
 
     scratch = [
-        matrix(2, ROWS, K, line=line),
-        matrix(2, ROWS, V, line=line),
+        tiles(2, ROWS, K, line=line),
+        tiles(2, ROWS, V, line=line),
         gpu.SMEM((2, 2, ROWS), jnp.float32),
         gpu.SMEM((2, 2, ROWS), jnp.int32),
-        matrix(STAGES, size, K, line=line),
-        matrix(STAGES, size, V, line=line),
+        tiles(STAGES, size, K, line=line),
+        tiles(STAGES, size, V, line=line),
         gpu.SMEM((STAGES, size), jnp.int32),
         stage(dtype),
         gpu.Barrier(num_arrivals=8),
@@ -306,11 +306,11 @@ def columns(device, scale, dtype, q, k, v, dy, numbers, interval, index, ranges,
             fill(owned, loaded, count * ratio, (copies, filled, freed))
 
     scratch = [
-        matrix(parts, ROWS, K),
-        matrix(parts, ROWS, V),
+        tiles(parts, ROWS, K),
+        tiles(parts, ROWS, V),
         gpu.SMEM((parts, ROWS), jnp.int32),
-        matrix(STAGES, size, K),
-        matrix(STAGES, size, V),
+        tiles(STAGES, size, K),
+        tiles(STAGES, size, V),
         gpu.SMEM((STAGES, 2, size), jnp.float32),
         gpu.SMEM((STAGES, 2, size), jnp.int32),
         stage(dtype),

@@ -1,4 +1,4 @@
-"""What attention's kernels for Hopper are made of: two warpgroups read a ring that one more fills.
+"""What attention's kernels for Hopper GPUs are built from: a ring of tiles, and products with it.
 
 The interpreter knows no accumulators that are read and written: for it, products are plain ones.
 """
@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from .. import hopper
+
 ROWS = 64  # of a warpgroup: those of a tensor core's product
 OWN = 2 * ROWS  # tokens of the tile that two warpgroups own
 STAGES = 2
@@ -20,34 +22,17 @@ SMALL, LARGE = 24, 240  # registers of a thread that copies, and of one that com
 
 def call(kernel, device, grid, names, outputs, scratch):
     """`kernel` over a grid, the first axis the fastest, by two warpgroups and one that copies."""
-    launch = gpu.kernel(
+    return hopper.call(
         kernel,
-        interpret=device.interpret,
+        device,
+        infer=True,
         out_type=outputs,
         scratch_types=scratch,
         grid=grid,
         grid_names=names,
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=gpu.CompilerParams(
-            approx_math=True, lowering_semantics=gpu.LoweringSemantics.Warpgroup
-        ),
     )
-
-    def run(*args):
-        with jax.enable_x64(False):
-            return launch(*args)
-
-    return run
-
-
-def matrix(*shape, line=64):
-    """Shared memory for matrices that the tensor cores read, in swizzled lines of `line` numbers.
-
-    The tokens that such a product sums over are a multiple of `line`.
-    """
-    swizzled = gpu.TilingTransform((8, line)), gpu.SwizzleTransform(2 * line)
-    return gpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -79,7 +64,9 @@ def products(device, *pairs):
             gpu.wgmma(total, x, y.transpose((1, 0)))
         return [total[...] for total in totals]
 
-    return pl.run_scoped(run, *(gpu.ACC((x.shape[0], y.shape[0]), jnp.float32) for x, y in pairs))
+    return pl.run_scoped(
+        run, *(hopper.ACC((x.shape[0], y.shape[0]), jnp.float32) for x, y in pairs)
+    )
 
 
 def add(device, totals, terms):
@@ -92,7 +79,7 @@ def add(device, totals, terms):
         for total, (x, y) in zip(totals, terms, strict=True):
             gpu.wgmma(total, x, y)
 
-    return tuple(pl.run_state(run)(tuple(gpu.ACC.init(total) for total in totals)))
+    return tuple(pl.run_state(run)(tuple(hopper.ACC.init(total) for total in totals)))
 
 
 def put(x, stage, out, height=ROWS):
