@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
     "reference": Implementation(reference.attention),
 }
 GRADIENTS = {
-    "pallas_tpu": Implementation(pallas_tpu.gradients, pallas_tpu.refuse),
+    "pallas_tpu": Implementation(pallas_tpu.gradients, pallas_tpu.refuse_gradients),
     "pallas_gpu": Implementation(pallas_gpu.gradients, pallas_gpu.refuse_gradients),
     "xla": Implementation(xla.gradients),
 }

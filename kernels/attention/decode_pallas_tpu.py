@@ -7,6 +7,7 @@ takes as long for the few heads of one group. A worker is a TPU core; `decode` d
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
@@ -18,23 +19,39 @@ from . import decode, tiles
 from .pallas_tpu_tiles import Keys
 
 TILE = 256  # keys at a time; of every group
+STEPS = 65_536  # 8 bytes each, of a scalar memory of a megabyte
+LIVE, STARTS, TILES = 1, 2, 4  # what a step's number is made of: two flags and its tile
 CORES = {"TPU v4": 2, "TPU v5p": 2, "TPU v5": 2}  # that share a program; one where not named
 
 
-def _kernel(scale, exact, output, tile, slot, live, starts, first, last, *refs):
+def refuse(q, k, block):
+    """Why not, or None: the tables of what each worker does lie in the small scalar memory."""
+    size = _tile(q, k, k, block)
+    steps = k.shape[0] * -(-k.shape[1] // size)
+    if steps <= STEPS:
+        return None
+    return f"it takes up to {STEPS} tiles of keys of all rows, not {steps}; block={2 * size} halves"
+
+
+def _tile(q, k, v, block):
+    about = {"G": k.shape[2]} | tiles.features(q, v)
+    block = block or tuned.size("decode", "pallas_tpu", TILE, **about)
+    return min(block, -(-k.shape[1] // 16) * 16)
+
+
+def _kernel(scale, exact, output, steps, first, last, *refs):
     from jax.experimental import pallas as pl
 
-    del tile, slot
     q, k, v, index, group, groups, m, u, w = refs
-    at = pl.program_id(0), pl.program_id(1)
+    at = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
 
-    @pl.when(starts[at] > 0)
+    @pl.when(steps[at] & STARTS > 0)
     def _():
         m[...] = jnp.full_like(m, LOWEST)
         u[...] = jnp.zeros_like(u)
         w[...] = jnp.zeros_like(w)
 
-    @pl.when(live[at] > 0)
+    @pl.when(steps[at] & LIVE > 0)
     def _():
         row = output[at]
         keys = Keys(k, v, index)
@@ -53,31 +70,28 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    (_, _, heads, K), (source, groups), V = q.shape, k.shape[1:3], v.shape[3]
-    block = block or tuned.size("decode", "pallas_tpu", TILE, G=groups, **tiles.features(q, v))
-    size = min(block, -(-source // 16) * 16)
+    (_, _, heads, K), groups, V = q.shape, k.shape[2], v.shape[3]
+    size = _tile(q, k, v, block)
     index = tiles.cut(kv_index, size, -1)
     extent, (first, last) = tiles.extent(index), (first[:, 0], last[:, 0])
     low, high = tiles.spans(extent, first[None], last[None])
     most, workers = index.shape[0], CORES.get(device.kind, 1)
     plan = decode.partition(low[:, 0], high[:, 0], workers, most)
 
-    def flat(x):
-        x = jnp.pad(x, [(0, 0), (0, most * size - source), (0, 0), (0, 0)])
-        return rearrange(x, "b s g k -> b (s g) k")
-
     index = repeat(index, "n b s -> b n 1 (s g)", g=groups)
     group = np.tile(np.arange(groups, dtype=np.int32), size)[None]
     mine = np.repeat(np.arange(groups, dtype=np.int32), heads // groups)[:, None]
 
+    count = np.int32(plan.output.shape[1])
+
     def row(w, s, output, *_):
-        return output[w, s], 0, 0
+        return output[w * count + s], 0, 0
 
-    def keys(w, s, output, tile, *_):
-        return output[w, s], tile[w, s], 0
+    def keys(w, s, output, steps, *_):
+        return output[w * count + s], jax.lax.div(steps[w * count + s], np.int32(TILES)), 0
 
-    def part(w, s, output, tile, slot, *_):
-        return slot[w, s], 0, 0
+    def part(w, s, output, *_):
+        return output[w * count + s] + w, 0, 0
 
     def whole(w, s, *_):
         return 0, 0
@@ -88,7 +102,7 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
         device,
         semantics=("parallel", "arbitrary"),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=4,
             grid=plan.output.shape,
             in_specs=[
                 pl.BlockSpec((None, heads, K), row),
@@ -102,9 +116,11 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
         ),
         out_shape=[pallas.shape(plan.used.shape[0], heads, n) for n in (1, 1, V)],
     )
-    tables = plan.output, plan.tile, plan.slot, plan.live, plan.starts
-    numbers = (*(x.astype(jnp.int32) for x in tables), first, last)
-    m, u, w = call(*numbers, q[:, 0], flat(k), flat(v), index, group, mine)
+    steps = plan.tile * TILES + jnp.where(plan.live, LIVE, 0) + jnp.where(plan.starts, STARTS, 0)
+    tables = plan.output.ravel(), steps.ravel().astype(jnp.int32), first, last
+    # The last tile may reach past the end: what is there has no index, so that nobody sees it.
+    k, v = (rearrange(x, "b s g k -> b (s g) k") for x in (k, v))
+    m, u, w = call(*tables, q[:, 0], k, v, index, group, mine)
     m, u, w = decode.merge(plan, (m[..., 0], u[..., 0], w))
     y = jnp.where(u[..., None] == 0, 0, w / u[..., None])
     return y[:, None].astype(dtype), (m + jnp.log(u))[:, None]

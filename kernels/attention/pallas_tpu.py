@@ -25,7 +25,15 @@ from .pallas_tpu_tiles import Keys, Queries, seen
 BLOCK = 512
 
 
-def refuse(q, k, v, *rest):
+def refuse(q, k, v, first, last, kv_index, scale, block, dtype):
+    """Why not, or None."""
+    del first, last, kv_index, scale, dtype
+    if reason := pallas.no_tpu(q, k, v):
+        return reason
+    return decode_pallas_tpu.refuse(q, k, block) if q.shape[1] == 1 else None
+
+
+def refuse_gradients(q, k, v, *rest):
     """Why not, or None."""
     del rest
     return pallas.no_tpu(q, k, v)
