@@ -6,6 +6,7 @@ for it they are plain arrays. This module imports Mosaic GPU; whoever dispatches
 """
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from . import pallas
 from .dispatch import Target
 
+ACC: Any = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 TILE = 64  # rows of a tensor core product, and the bfloat16 of a swizzled line of shared memory
 
 
@@ -57,12 +59,12 @@ class Warpgroup:
         """A matrix in shared memory, as float32."""
         return self._load(ref, gpu.Layout.WGMMA).astype(jnp.float32)
 
-    def from_global(self, ref):
-        """A matrix in global memory."""
+    def from_global(self, ref, layout: Any = gpu.Layout.WGMMA):
+        """A matrix in global memory, or of another layout."""
         if self.interpreted:
             return ref[...]
         index = [()] if "idx" in inspect.signature(gpu.load).parameters else []  # before JAX 0.11
-        return gpu.load(ref, *index, layout=gpu.Layout.WGMMA, optimized=False)
+        return gpu.load(ref, *index, layout=layout, optimized=False)
 
     def down(self, ref, width=TILE):
         """Numbers of the rows, in shared memory, as a matrix of equal columns."""
@@ -92,5 +94,4 @@ class Warpgroup:
             gpu.wgmma(total, x, y)
             return total[...]
 
-        total = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-        return pl.run_scoped(multiply, total((x.shape[0], y.shape[1]), jnp.float32))
+        return pl.run_scoped(multiply, ACC((x.shape[0], y.shape[1]), jnp.float32))

@@ -60,7 +60,7 @@ def scores(device, q, k, v):
             gpu.wgmma(total, zero, line.transpose((1, 0)))
         return total[...]
 
-    return pl.run_scoped(run, gpu.ACC((ROWS, k.shape[0]), jnp.float32))
+    return pl.run_scoped(run, hopper.ACC((ROWS, k.shape[0]), jnp.float32))
 
 
 def clean(v):
@@ -107,7 +107,7 @@ def _kernel(device, factor, groups, sizes, *refs):
 
         def step(n, carry):
             turn, *state = carry
-            _, row, _, _, _, starts = step_of(worker, n)
+            row, starts = (step_of(worker, n)[i] for i in (1, 5))
             begins = starts & (n > 0)
 
             @pl.when(begins)

@@ -6,17 +6,19 @@ from jaxtyping import Array, Bool, Float
 from ..dispatch import Implementation, call
 from ..documents import isolate
 from ..monoid import LOWEST
+from . import fixed_query_pallas_gpu as pallas_gpu
 from . import fixed_query_pallas_tpu as pallas_tpu
 from . import fixed_query_reference as reference
 from . import fixed_query_xla as xla
 
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(pallas_tpu.fixed_query, pallas_tpu.refuse),
+    "pallas_gpu": Implementation(pallas_gpu.fixed_query, pallas_gpu.refuse),
     "xla": Implementation(xla.fixed_query),
     "reference": Implementation(reference.fixed_query),
     "associative": Implementation(reference.fixed_query_associative),
 }
-ISOLATED = {"pallas_tpu", "xla"}
+ISOLATED = {"pallas_tpu", "pallas_gpu", "xla"}
 
 
 def fixed_query(

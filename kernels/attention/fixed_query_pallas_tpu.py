@@ -6,7 +6,6 @@ from chunk to chunk are those of `fixed_query_xla.py`; the pairs of a chunk are 
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,9 +204,9 @@ def _backward(how, residuals, cotangents):
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(how, s, v, state, segment) -> Any:
+def _values(how, s, v, state, segment):
     return _forward(how, s, v, state, segment, keep=False)[0]
 
 
+_scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
 _scan.defvjp(_forward, _backward)

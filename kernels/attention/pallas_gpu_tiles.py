@@ -64,7 +64,9 @@ def products(device, *pairs):
             gpu.wgmma(total, x, y.transpose((1, 0)))
         return [total[...] for total in totals]
 
-    return pl.run_scoped(run, *(gpu.ACC((x.shape[0], y.shape[0]), jnp.float32) for x, y in pairs))
+    return pl.run_scoped(
+        run, *(hopper.ACC((x.shape[0], y.shape[0]), jnp.float32) for x, y in pairs)
+    )
 
 
 def add(device, totals, terms):
@@ -77,7 +79,7 @@ def add(device, totals, terms):
         for total, (x, y) in zip(totals, terms, strict=True):
             gpu.wgmma(total, x, y)
 
-    return tuple(pl.run_state(run)(tuple(gpu.ACC.init(total) for total in totals)))
+    return tuple(pl.run_state(run)(tuple(hopper.ACC.init(total) for total in totals)))
 
 
 def put(x, stage, out, height=ROWS):

@@ -17,7 +17,6 @@ the backward that once more and 6 K C + 2 C V + 4 K V. No more than half of C x 
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,9 +207,9 @@ def _collect(d, x):
     return jnp.sum(d, axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(device, q, k, v, log, state, reset) -> Any:
+def _values(device, q, k, v, log, state, reset):
     return _forward(device, q, k, v, log, state, reset, keep=False)[0]
 
 
+_chunkwise = jax.custom_vjp(_values, nondiff_argnums=(0,))
 _chunkwise.defvjp(_forward, _backward)

@@ -11,7 +11,6 @@ decays again and reads the states that the forward kept, one a chunk.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -306,9 +305,9 @@ def _backward(device, size, residuals, cotangents):
     return (*(pallas.collect(d, x.shape[:2]).astype(x.dtype) for d, x in inputs), d_state, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunkwise(device, size, q, k, v, log, state, segment) -> Any:
+def _values(device, size, q, k, v, log, state, segment):
     return _forward(device, size, q, k, v, log, state, segment, keep=False)[0]
 
 
+_chunkwise = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
 _chunkwise.defvjp(_forward, _backward)

@@ -11,9 +11,6 @@ states, N / 4; B and C, N / 32, and their gradients, N / 16, written for each 12
 summed.
 """
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -93,9 +90,9 @@ def _backward(device, size, residuals, cotangents):
     return du, d_delta, dA.sum(axis=0), dB, dC, dD.sum(axis=0), d_state, None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(device, size, u, delta, A, B, C, D, state, begins) -> Any:
+def _values(device, size, u, delta, A, B, C, D, state, begins):
     return tuple(forward(device, size, u, delta, A * LOG2E, B, C, D, state, begins, keep=False))
 
 
+_scan = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
 _scan.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
-from .. import pallas
+from .. import hopper, pallas
 
 CHANNELS = 128  # threads of a warpgroup
 LN2 = math.log(2)
@@ -62,10 +62,11 @@ class Threads:
 
     def to_global(self, ref, x):
         """(CHANNELS, N) to global memory."""
-        if self.interpreted or not hasattr(gpu, "store"):  # since JAX 0.11
+        store = getattr(gpu, "store", None)  # since JAX 0.11
+        if self.interpreted or store is None:
             ref[...] = x
         else:
-            gpu.store(ref, x, optimized=False)
+            store(ref, x, optimized=False)
 
     def tile(self, ref):
         """(CHANNELS, N) in shared memory."""
@@ -122,7 +123,7 @@ class OverChannels:
         if self.interpreted:
             total = pallas.dot(self.products[...], self.ones[...], "km,kn->mn", exact=False)
         else:
-            total = pl.run_scoped(self._product, gpu.ACC((ROWS, self.states), jnp.float32))
+            total = pl.run_scoped(self._product, hopper.ACC((ROWS, self.states), jnp.float32))
         ref[...] = jnp.sum(total, axis=1)
         gpu.commit_smem()  # all threads: the products may be written again
 

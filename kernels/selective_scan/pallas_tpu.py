@@ -16,7 +16,6 @@ nan. What is padded, tokens, channels or states, has delta, A, B and C zero, whi
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -287,10 +286,10 @@ def _backward(device, plan, residuals, cotangents):
     return du, d_delta, dA.sum(axis=0), dB, dC, dD.sum(axis=0), d_state, None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(device, plan, u, delta, A, B, C, D, state, reset) -> Any:
+def _values(device, plan, u, delta, A, B, C, D, state, reset):
     """u, delta (B, T, D); A (N, D); B, C (B, T / C, N, C); D (1, D); state (B, N, D)."""
     return _forward(device, plan, u, delta, A, B, C, D, state, reset, keep=False)[0]
 
 
+_scan = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
 _scan.defvjp(_forward, _backward)

@@ -1,5 +1,8 @@
 """A named implementation runs or says why not; unnamed, the first that accepts; record() tells."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,23 @@ def test_a_kernel_for_other_hardware_says_so(op):
             ran(implementation="pallas_tpu")
     with on(TPU):
         assert ran() == "pallas_tpu"
+
+
+def test_pallas_is_imported_by_the_first_call_that_runs_it():
+    """Whether a kernel takes a call is found out without its compiler."""
+    code = """
+import sys, jax.numpy as jnp
+from scanax.kernels import attention, dispatch, fixed_query, linear_attention, selective_scan
+x, A = jnp.zeros((1, 4, 1, 2), jnp.bfloat16), jnp.zeros((2, 2), jnp.float32)
+with dispatch.on(dispatch.Target("gpu", "NVIDIA A100", "8.0")), dispatch.record() as ran:
+    linear_attention(x, x, x, jnp.zeros(1, jnp.float32))
+    selective_scan(*(x[:, :, 0],) * 2, A, *(x[:, :, 0],) * 2)
+    attention(x, x, x)
+    fixed_query(x[0, 0], x, x)
+assert {name for _, name in ran} == {"xla"} and len(ran) == 4, ran
+assert not [name for name in sys.modules if name.startswith("jax.experimental.pallas")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def short_only(x):

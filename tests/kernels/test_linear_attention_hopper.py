@@ -1,8 +1,5 @@
 """The kernels for Hopper GPUs: interpreted against the recurrence, and lowered for CUDA."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,15 +126,3 @@ def test_what_it_refuses(change, device, message):
     q, v = (jnp.zeros((1, 3, 1, how[name]), how["dtype"]) for name in ("key", "value"))
     with dispatch.on(device), pytest.raises(NotImplementedError, match=message):
         linear_attention(q, q, v, jnp.zeros(1), chunk=how["chunk"], **BY_NAME)
-
-
-def test_pallas_is_imported_by_the_first_call():
-    code = """
-import sys, jax, jax.numpy as jnp
-from scanax.kernels import dispatch, linear_attention
-x = jax.ShapeDtypeStruct((1, 3, 1, 64), jnp.float32)
-with dispatch.on(dispatch.Target("gpu", "NVIDIA HOPPER", "9.0")):
-    jax.eval_shape(lambda x: linear_attention(x, x, x, jnp.zeros(1)), x)
-assert "jax.experimental.pallas" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,13 +12,11 @@ DEVICES = {
     "cuda": (HOPPER, "pallas_gpu", "mosaic_gpu"),
 }
 DTYPES = {"tpu": (jnp.float32, jnp.bfloat16), "cuda": (jnp.bfloat16,)}
-WITHOUT = {"cuda": ("fixed_query",), "tpu": ()}
 LOWERED = [
     (name, platform, width, dtype, width == 64)  # documents at one width: they change no tile
     for platform in DEVICES
     for name in CASES
-    if name not in WITHOUT[platform]
-    for width in WIDTHS
+    for width in (WIDTHS[:1] if jax.config.jax_enable_x64 else WIDTHS)
     for dtype in DTYPES[platform]
 ]
 
@@ -35,4 +33,4 @@ def test_lowers(one):
     run, arrays = case(name, implementation, width, dtype, packed)
     with on(device):
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count(call) >= 1
+    assert text.count(call) >= (1 if name == "decode" else 2)  # forward and backward
