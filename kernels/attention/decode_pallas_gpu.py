@@ -6,8 +6,12 @@ tensor core's product, filled up with zeros, which is free where memory is what 
 of tiles of its own, and a third that fills both, or one where the tiles are wide.
 
 No copy of the cache is made to read bad rows as nan or zeros: 0 k^T + 0 v^T is added to the scores,
-by the tensor cores, which is nan where a key or its value is not finite and else zero. A tile of
-values for which that found something has its non-finite numbers put to zero before it is used.
+by the tensor cores, which is nan where a key or its value is not finite and else zero. Then the
+values that are not finite are put to zero in the tile.
+
+Bytes: each key and value that is seen once, 2 (K + V), the least there is, in tiles of 64, and a
+partial state of (8 + 4 V) for each head, output or worker, which XLA merges. A cache whose length
+is no multiple of 64 is copied first. Shared memory: up to 214 KiB, 128 of them for keys and values.
 """
 
 from functools import partial
@@ -59,18 +63,18 @@ def scores(device, q, k, v):
     return pl.run_scoped(run, hopper.ACC((ROWS, k.shape[0]), jnp.float32))
 
 
-def clean(s, v):
-    """Non-finite values are put to zero, if the scores hold a nan."""
-    bad = jnp.max(jnp.where(s != s, jnp.float32(1), jnp.float32(0)), axis=1)
+def clean(v):
+    """Non-finite values are put to zero.
 
-    @pl.when(jnp.max(bad) > 0)
-    def _():
-        for n in range(0, v.shape[1], LINE):
-            line = v.at[:, pl.ds(n, LINE)]
-            x = line[...]
-            finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
-            line[...] = jnp.where(finite, x, jnp.zeros_like(x))
-        gpu.commit_smem()
+    In every tile: to ask whether one holds any takes a sum over a warpgroup's warps, for which
+    Mosaic GPU has one place in shared memory, and here two warpgroups would use it at once.
+    """
+    for n in range(0, v.shape[1], LINE):
+        line = v.at[:, pl.ds(n, LINE)]
+        x = line[...]
+        finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+        line[...] = jnp.where(finite, x, jnp.zeros_like(x))
+    gpu.commit_smem()
 
 
 def _kernel(device, factor, groups, sizes, *refs):
@@ -119,7 +123,7 @@ def _kernel(device, factor, groups, sizes, *refs):
             gpu.barrier_wait(filled.at[stages * part + slot])
             values = v_ring.at[part, slot]
             s = scores(device, q_ring.at[part, q_slot], k_ring.at[part, slot], values)
-            clean(s, values)
+            clean(values)
             held = across(i_ring[part, slot], s)
             s = jnp.where((interval[row, 0] <= held) & (held <= interval[row, 1]), s, -jnp.inf)
             top = jnp.maximum(m, jnp.max(s, axis=1) * factor)

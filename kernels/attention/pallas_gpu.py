@@ -7,6 +7,15 @@ tiles of keys over all heads that read them, so that nothing is added in an orde
 Non-finite numbers are kept as in `xla.py`. XLA makes the copies: a row of keys or values that holds
 one is nan where the product's result is masked and zero where the product sums over the masked
 axis; such a query is zero, and what its weights are made from, its log-sum-exp, is nan.
+
+Operations for a query and a key that it sees: 2 K + 2 V forward, the least there is; 8 K + 6 V
+backward, for the scores and the gradients of the weights are computed in both passes, against
+6 K + 4 V; 10 K + 6 V where K + V > 256. Under a causal mask at T = 8192 tiles add 2 % to that.
+Bytes: q, dy and what is written move once, and in the backward q and dy once more for each tile of
+128 keys (64 where K + V > 256); keys and values once for each 128 queries of each head, out of the
+L2 cache where they fit. XLA's copies read k and v twice and write each once, in the backward k
+twice. Shared memory, of 227 KiB, for K = V = 64, 128, 256: 101, 181, 213 KiB forward, 83, 147,
+211 KiB in each pass of the backward.
 """
 
 from functools import partial
