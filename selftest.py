@@ -4,7 +4,7 @@ python -m scanax.selftest
 
 About a minute. Each line is one implementation of one operation on one kind of device: the relative
 errors of its values and gradients against the token recurrence in float64, or why it does not run
-here. Kernels for TPUs also run interpreted where there is no TPU, and with several devices each
+here. On a CPU the kernels for TPUs also run interpreted, and with several devices each
 operation runs once with its sequence spread over all of them. Exit status 1 if an error is over its
 bar: 1e-5 for values and 1e-4 for gradients in float32, 0.005 in root mean square for bfloat16.
 """
@@ -143,6 +143,8 @@ class Problem:
             jax.eval_shape(lambda x: self.call(implementation)(**x), self.floats)
         except NotImplementedError as error:
             return str(error).rpartition(f"{implementation}: ")[2]
+        except Exception:  # it takes the call and is broken: its row will say how
+            return None
         return None
 
     def errors(self, run: Callable) -> tuple[float, float | None]:
@@ -212,8 +214,14 @@ def run(only: str = "") -> int:
                 if call is None:
                     print(line.format(case[0], name, dtype, where, "-", "-", reason), flush=True)
                     continue
-                with context:
-                    values, gradients = problem.errors(call)
+                try:
+                    with context:
+                        values, gradients = problem.errors(call)
+                except Exception as error:  # a kernel that an upgrade broke is what this looks for
+                    failed += 1
+                    what = f"FAILED: {type(error).__name__}: {str(error).splitlines()[:1]}"
+                    print(line.format(case[0], name, dtype, where, "-", "-", what), flush=True)
+                    continue
                 sound = values <= value_bar and (gradients or 0) <= (gradient_bar or 0)
                 failed += not sound
                 shown = (f"{values:.1e}", "-" if gradients is None else f"{gradients:.1e}")

@@ -162,6 +162,8 @@ def compare(
             ready(f"{op} {which}", functools.partial(problem.ours, implementation=which))
         except NotImplementedError as error:
             said.append(f"{op} {which}: {error}")
+        except jax.errors.JaxRuntimeError as error:  # it does not fit this device, say
+            said.append(f"{op} {which}: {str(error).splitlines()[0]}")
     if config.baseline:
         ready("", problem.plain)
     for which in config.peers:

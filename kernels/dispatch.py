@@ -42,13 +42,16 @@ class Target:
 
 
 def target() -> Target:
-    """The one that `on` names, or JAX's first device."""
+    """The one that `on` names, or JAX's default device, or its first."""
     named = _target.get()
     if named is not None:
         return named
-    device = jax.devices()[0]
+    device: Any = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", "")
-    return Target(jax.default_backend(), device.device_kind, str(capability))
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Target(platform, device.device_kind, str(capability))
 
 
 @contextlib.contextmanager

@@ -40,11 +40,12 @@ def describe(device: Target) -> str:
 
 
 def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:
-    """Why these arrays' common dtype will not do, or None."""
-    dtype = jnp.result_type(*arrays)
-    if dtype in allowed:
-        return None
-    return f"it takes {' or '.join(jnp.dtype(d).name for d in allowed)}, not {dtype}"
+    """Why the dtype of one of these arrays will not do, or None."""
+    for array in arrays:
+        if array.dtype not in allowed:
+            names = " or ".join(jnp.dtype(dtype).name for dtype in allowed)
+            return f"it takes {names}, not {array.dtype}"
+    return None
 
 
 def tpu_call(kernel, device: Target, *, semantics: Any, vmem: int | None = None, **how):
@@ -143,6 +144,11 @@ def dot(x, y, dims: str, exact: bool):
         precision=jax.lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.float32,
     )
+
+
+def rounded(weights, exact: bool):
+    """Weights as a product will read them, so that their sum is the sum of what it reads."""
+    return weights if exact else weights.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def column(row):

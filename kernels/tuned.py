@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from .dispatch import target
 
 _asked: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
@@ -22,8 +24,10 @@ _asked: contextvars.ContextVar[dict[str, int] | None] = contextvars.ContextVar(
 
 def path() -> Path:
     """$SCANAX_TILES, or scanax/tiles.json in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("SCANAX_TILES") or cache / "scanax" / "tiles.json")
+    if named := os.environ.get("SCANAX_TILES"):
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "scanax" / "tiles.json"
 
 
 def key(op: str, implementation: str, kind: str, **features: object) -> str:
@@ -37,6 +41,8 @@ def size(op: str, implementation: str, default: int, **features: object) -> int:
     entry, asked = key(op, implementation, target().kind, **features), _asked.get()
     if asked is not None:
         asked[entry] = default
+    if jax.process_count() > 1 and not os.environ.get("SCANAX_TILES"):
+        return default  # hosts of one program read one table or none
     return table(path()).get(entry, default)
 
 
@@ -54,12 +60,12 @@ def record() -> Iterator[dict[str, int]]:
 @functools.lru_cache
 def table(file: Path) -> dict[str, int]:
     """All entries of a file, read once a process; none if there is no file."""
-    if not file.exists():
-        return {}
     try:
         entries = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}
     except ValueError:
         entries = None
     if isinstance(entries, dict) and all(type(n) is int and n > 0 for n in entries.values()):
         return entries
-    raise ValueError(f"{file} is not a table of tile sizes; delete it, or tune again")
+    raise ValueError(f"{file} is not a table of tile sizes; delete it")

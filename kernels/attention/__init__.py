@@ -98,11 +98,13 @@ def attention_gradients(
     The queries may have seen other keys too: `lse` is the log-sum-exp over all of them, and
     `delta(y, dy, dlse)` is of the output over all of them. The other arguments are `attention`'s.
     """
+    common = jnp.result_type(q, k, v)
     return call(
         "attention_gradients",
         GRADIENTS,
         implementation,
-        *(q, k, v, dy, lse, delta),
+        *(x.astype(common) for x in (q, k, v)),
+        *(dy, lse, delta),
         *visible(q.shape[:2], True, None, None, q_index, q_start),
         kv_index.astype(jnp.int32),
         q.shape[3] ** -0.5 if scale is None else scale,

@@ -19,23 +19,35 @@ from . import decode, tiles
 from .pallas_tpu_tiles import Keys
 
 TILE = 256  # keys at a time; of every group
+BYTES = 4 << 20  # of a tile's keys and values, which are held several times over
 STEPS = 65_536  # 8 bytes each, of a scalar memory of a megabyte
 LIVE, STARTS, TILES = 1, 2, 4  # what a step's number is made of: two flags and its tile
 CORES = {"TPU v4": 2, "TPU v5p": 2, "TPU v5": 2}  # that share a program; one where not named
 
 
-def refuse(q, k, block):
-    """Why not, or None: the tables of what each worker does lie in the small scalar memory."""
-    size = _tile(q, k, k, block)
-    steps = k.shape[0] * -(-k.shape[1] // size)
-    if steps <= STEPS:
-        return None
-    return f"it takes up to {STEPS} tiles of keys of all rows, not {steps}; block={2 * size} halves"
+def refuse(q, k, v, block):
+    """Why not, or None: a tile lies in VMEM, and what each worker does in scalar memory."""
+    most = _most(q, k, v)
+    if not most:
+        return f"its tiles have 16 keys at least, which {k.shape[2]} groups are too many for"
+    if block is not None and (block % 16 or block > most):
+        return f"its tiles of this many groups are multiples of 16 keys up to {most}, not {block}"
+    steps = k.shape[0] * -(-k.shape[1] // _tile(q, k, v, block))
+    if steps + k.shape[0] > STEPS:
+        return f"it takes up to {STEPS} rows and tiles of keys, not {steps + k.shape[0]}"
+    return None
+
+
+def _most(q, k, v):
+    """How many keys of all groups a tile may hold."""
+    a_key = k.shape[2] * (k.shape[3] + v.shape[3]) * jnp.result_type(q, k, v).itemsize
+    return BYTES // a_key // 16 * 16
 
 
 def _tile(q, k, v, block):
+    default = min(TILE, _most(q, k, v))
     about = {"G": k.shape[2]} | tiles.features(q, v)
-    block = block or tuned.size("decode", "pallas_tpu", TILE, **about)
+    block = block or tuned.size("decode", "pallas_tpu", default, **about)
     return min(block, -(-k.shape[1] // 16) * 16)
 
 
@@ -59,7 +71,8 @@ def _kernel(scale, exact, output, steps, first, last, *refs):
         see &= group[...] == groups[...]
         s = jnp.where(see, scale * dot(q[...], keys.as_nan, "hk,sk->hs", exact), LOWEST)
         top = jnp.maximum(m[...], jnp.max(s, axis=1, keepdims=True))
-        p, fade = jnp.where(see, jnp.exp(s - top), 0), jnp.exp(m[...] - top)
+        p = pallas.rounded(jnp.where(see, jnp.exp(s - top), 0), exact)
+        fade = jnp.exp(m[...] - top)
         m[...] = top
         u[...] = fade * u[...] + jnp.sum(p, axis=1, keepdims=True)
         w[...] = fade * w[...] + dot(p, keys.v, "hs,sv->hv", exact)

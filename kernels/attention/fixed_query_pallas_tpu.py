@@ -17,14 +17,14 @@ from ..pallas import column, index
 from ..pallas import dot as product
 from . import tiles
 
-CHUNK, LEAST = 128, 8
+CHUNK, LEAST, MOST = 128, 8, 512
 
 
 def refuse(q, k, v, *rest):
     """Why not, or None."""
     *_, chunk = rest
-    if chunk is not None and chunk % LEAST:
-        return f"its chunks are multiples of {LEAST}, not {chunk}"
+    if chunk is not None and (chunk % LEAST or chunk > MOST):
+        return f"its chunks are multiples of {LEAST} up to {MOST}, not {chunk}"
     return pallas.no_tpu(q, k, v)
 
 
@@ -72,7 +72,7 @@ class Chunk:
             keep = own == 0
         s = jnp.where(see, s, LOWEST)
         self.m = jnp.maximum(jnp.max(s, axis=1, keepdims=True), jnp.where(keep, m, LOWEST))
-        self.p = jnp.where(see, jnp.exp(s - self.m), 0)
+        self.p = pallas.rounded(jnp.where(see, jnp.exp(s - self.m), 0), self.exact)
         self.fade = jnp.where(keep, jnp.exp(m - self.m), 0)
         self.u = jnp.sum(self.p, axis=1, keepdims=True) + self.fade * u
         self.w = product(self.p, self.v, "ts,sv->tv", self.exact) + self.fade * w

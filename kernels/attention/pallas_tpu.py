@@ -23,20 +23,34 @@ from . import decode_pallas_tpu, tiles, xla
 from .pallas_tpu_tiles import Keys, Queries, seen
 
 BLOCK = 512
+TILES = 65_536  # of either side: 8 bytes each, of a scalar memory of a megabyte
 
 
 def refuse(q, k, v, first, last, kv_index, scale, block, dtype):
     """Why not, or None."""
-    del first, last, kv_index, scale, dtype
+    del first, last, kv_index, scale
     if reason := pallas.no_tpu(q, k, v):
         return reason
-    return decode_pallas_tpu.refuse(q, k, block) if q.shape[1] == 1 else None
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it writes float32 or bfloat16, not {dtype}"
+    if q.shape[1] == 1:
+        return decode_pallas_tpu.refuse(q, k, v, block)
+    return _refuse(q, k, block)
 
 
-def refuse_gradients(q, k, v, *rest):
+def refuse_gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     """Why not, or None."""
-    del rest
-    return pallas.no_tpu(q, k, v)
+    del dy, lse, delta, first, last, kv_index, scale
+    return pallas.no_tpu(q, k, v) or _refuse(q, k, block)
+
+
+def _refuse(q, k, block):
+    if block is not None and (block % 16 or block > BLOCK):
+        return f"its tiles are multiples of 16 tokens up to {BLOCK}, not {block}"
+    tiles = q.shape[0] * -(-max(q.shape[1], k.shape[1]) // (block or BLOCK))
+    if tiles > TILES:
+        return f"it takes up to {TILES} tiles of all rows, not {tiles}"
+    return None
 
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
@@ -65,13 +79,15 @@ def _forward_kernel(scale, exact, low, high, q, k, v, first, last, kv_index, y, 
         u[...] = jnp.zeros_like(u)
         w[...] = jnp.zeros_like(w)
 
-    @pl.when(j < high[b, i] - low[b, i])
+    mine = b * pl.num_programs(2) + i
+
+    @pl.when(j < high[mine] - low[mine])
     def _():
         keys = Keys(k, v, kv_index)
         see = seen(first, last, keys.index)
         s = jnp.where(see, scale * dot(q[...], keys.as_nan, "tk,sk->ts", exact), LOWEST)
         top = jnp.maximum(m[...], jnp.max(s, axis=1, keepdims=True))
-        p = jnp.where(see, jnp.exp(s - top), 0)
+        p = pallas.rounded(jnp.where(see, jnp.exp(s - top), 0), exact)
         fade = jnp.exp(m[...] - top)
         m[...] = top
         u[...] = fade * u[...] + jnp.sum(p, axis=1, keepdims=True)
@@ -102,7 +118,9 @@ def _rows_kernel(scale, exact, low, high, *refs):
     def _():
         total[...] = jnp.zeros_like(total)
 
-    @pl.when(j < high[b, i] - low[b, i])
+    mine = b * pl.num_programs(2) + i
+
+    @pl.when(j < high[mine] - low[mine])
     def _():
         keys, queries = Keys(k, v, index), Queries(q, dy, lse, delta)
         _, ds = slope(scale, exact, queries, keys, seen(first, last, keys.index))
@@ -124,7 +142,9 @@ def _columns_kernel(scale, exact, steps, low, high, *refs):
     def _():
         total_k[...], total_v[...] = jnp.zeros_like(total_k), jnp.zeros_like(total_v)
 
-    @pl.when(jax.lax.rem(n, steps) < high[b, j] - low[b, j])
+    mine = b * pl.num_programs(2) + j
+
+    @pl.when(jax.lax.rem(n, steps) < high[mine] - low[mine])
     def _():
         keys, queries = Keys(k, v, index), Queries(q, dy, lse, delta)
         p, ds = slope(scale, exact, queries, keys, seen(first, last, keys.index))
@@ -189,20 +209,20 @@ def _call(device, kernel, grid, span, inputs, outputs, scratch):
         ),
         out_shape=[x for _, x in outputs],
     )
-    return call(*span, *(x for _, x in inputs))
+    return call(*(x.ravel() for x in span), *(x for _, x in inputs))
 
 
-def _within(low, high, b, i, j):
+def _within(low, high, mine, j):
     """The j-th tile of a range, the last one again for steps past its end."""
-    return jnp.minimum(low[b, i] + j, jnp.maximum(high[b, i] - 1, 0))
+    return jnp.minimum(low[mine] + j, jnp.maximum(high[mine] - 1, 0))
 
 
 def _by_rows(cut, K, V):
     """Specs of a grid (row, head, tile of queries, step): (q, k, v, number, first, index)."""
-    ratio = np.int32(cut.heads // cut.groups)
+    ratio, count = np.int32(cut.heads // cut.groups), np.int32(cut.rows)
 
     def key(b, h, i, j, low, high):
-        return b, jax.lax.div(h, ratio), _within(low, high, b, i, j), 0
+        return b, jax.lax.div(h, ratio), _within(low, high, b * count + i, j), 0
 
     def row(b, h, i, j, low, high):
         return b, h, i, 0
@@ -216,7 +236,7 @@ def _by_rows(cut, K, V):
         "bound": ((None, None, None, 1, cut.t), lambda b, h, i, *at: (b, 0, i, 0, 0)),
         "index": (
             (None, None, None, 1, cut.s),
-            lambda b, h, i, j, low, high: (b, 0, _within(low, high, b, i, j), 0, 0),
+            lambda b, h, i, j, low, high: (b, 0, _within(low, high, b * count + i, j), 0, 0),
         ),
     }
 
@@ -224,9 +244,10 @@ def _by_rows(cut, K, V):
 def _by_columns(cut, K, V):
     """Specs of a grid (row, group, tile of keys, step over the group's heads and queries)."""
     ratio, tiles = np.int32(cut.heads // cut.groups), np.int32(cut.rows)
+    count = np.int32(cut.columns)
 
     def row(b, g, j, n, low, high):
-        i = _within(low, high, b, j, jax.lax.rem(n, tiles))
+        i = _within(low, high, b * count + j, jax.lax.rem(n, tiles))
         return b, g * ratio + jax.lax.div(n, tiles), i, 0
 
     def key(b, g, j, n, low, high):

@@ -22,19 +22,23 @@ from ..pallas import dot as product
 from .xla import features
 
 CHUNK, LEAST = 64, 8
+NUMBERS = 1 << 14  # of a tile of larger chunks than that
 
 
 def refuse(q, k, v, log_decay, state, reset, chunk):
     """Why not, or None."""
-    del log_decay, state, reset
-    if chunk is not None and (chunk < LEAST or chunk & (chunk - 1)):
-        return f"its chunks are powers of two from {LEAST}, not {chunk}"
+    del log_decay, reset
+    most = max(CHUNK, min(256, NUMBERS // max(state.shape[2:])))
+    if chunk is not None and (chunk < LEAST or chunk > most or chunk & (chunk - 1)):
+        return f"its chunks are powers of two from {LEAST} to {most}, not {chunk}"
     return pallas.no_tpu(q, k, v)
 
 
 def linear_attention(q, k, v, log_decay, state, reset, chunk):
     """The public function's arguments after its checks."""
     T, heads = q.shape[1], state.shape[1]
+    common = jnp.result_type(q, k, v)
+    q, k, v = (x.astype(common) for x in (q, k, v))
     if chunk is None:
         about = features(q, k, v, log_decay.ndim == 4)
         chunk = tuned.size("linear_attention", "pallas_tpu", CHUNK, **about)
@@ -74,7 +78,7 @@ class Chunk:
         self.vector = log.shape[0] > 1
         self.segment = segment
         if segment is not None:
-            begins = segment.astype(jnp.float32)  # exact, and sums of integers are not for Mosaic
+            begins = segment.astype(jnp.float32)  # exact; an integer would be summed in two halves
             own, end = column(begins), begins[:, -1:]
             self.begins, self.own = begins, own
             self.same, self.first = own == begins, own == 0

@@ -49,13 +49,14 @@ def selective_scan(u, delta, A, B, C, D, state, reset, chunk):
     """The public function's arguments after its checks."""
     (batch, time, width), N = u.shape, A.shape[1]
     tile, states, channels = _tile(u, delta), _up(N, 8), _up(width, LANES)
+    named = chunk or tuned.size("selective_scan", "pallas_tpu", CHUNK, **features(u, A))
+    least = tile if named == CHUNK and chunk is None else _up(named, tile)
     block = LANES
     for wider in (2 * LANES, 4 * LANES):
-        fits = wider * states <= STATE and wider * states * (chunk or tile) <= STATES
+        fits = wider * states <= STATE and wider * states * least <= STATES
         block = wider if fits and channels % wider == 0 else block
     most = STATES // (block * states) // tile * tile
-    chunk = chunk or tuned.size("selective_scan", "pallas_tpu", CHUNK, **features(u, A))
-    size = min(chunk, most, _up(time, tile))
+    size = min(_up(named, tile), most, _up(time, tile))
 
     def pad(x, *to):
         return jnp.pad(x, [(0, n - have) for n, have in zip(to, x.shape, strict=True)])

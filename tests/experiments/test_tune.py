@@ -191,7 +191,7 @@ def test_a_damaged_table_is_said_in_a_line_and_kept(text, file, capsys):
     file.parent.mkdir()
     file.write_text(text)
     assert tune.main([*TINY, "--ops", "fixed_query"]) == 2
-    said = f"tune: {file} is not a table of tile sizes; delete it, or tune again\n"
+    said = f"tune: {file} is not a table of tile sizes; delete it\n"
     assert capsys.readouterr().err == said
     assert file.read_text() == text
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scanax.kernels import attention, fixed_query, linear_attention, selective_scan
 from scanax.kernels.dispatch import Implementation, Target, call, on, record
-from support.targets import TPU
+from support.targets import INTERPRETED, TPU
 
 
 @pytest.mark.parametrize("op", [linear_attention, selective_scan, attention, fixed_query])
@@ -37,6 +37,60 @@ def test_a_kernel_for_other_hardware_says_so(op):
             ran(implementation="pallas_tpu")
     with on(TPU):
         assert ran() == "pallas_tpu"
+
+
+def linear_of(dtypes, chunk=None):
+    q, k, v = (jnp.zeros((1, 8, 1, 64), dtype) for dtype in dtypes)
+    log = jnp.zeros(1, jnp.float32)
+    linear_attention(q, k, v, log, chunk=chunk, implementation="pallas_tpu")
+
+
+def attention_of(shape, keys, block=None, dtype=jnp.float32):
+    q, k = jnp.zeros(shape, jnp.float32), jnp.zeros(keys, jnp.float32)
+    index = jnp.zeros(shape[:2], jnp.int32)
+    how = {"q_index": index, "block": block, "dtype": dtype, "implementation": "pallas_tpu"}
+    jax.eval_shape(lambda q, k: attention(q, k, k, **how), q, k)
+
+
+F16, F32 = jnp.float16, jnp.float32
+TOO_MUCH = {
+    "float32 or bfloat16, not float16": lambda: linear_of((F16, F16, F32)),
+    "powers of two from 8 to 256, not 512": lambda: linear_of((F32,) * 3, 512),
+    "it writes float32 or bfloat16": lambda: attention_of((1, 4, 1, 8), (1, 4, 1, 8), dtype=F16),
+    "multiples of 16 tokens up to 512, not 8": lambda: attention_of((1, 4, 1, 8), (1, 4, 1, 8), 8),
+    "up to 65536 tiles of all rows": lambda: attention_of((70_000, 2, 1, 8), (70_000, 2, 1, 8)),
+    "multiples of 16 keys up to": lambda: attention_of((1, 1, 32, 128), (1, 512, 32, 128), 256),
+    "up to 65536 rows and tiles": lambda: attention_of((65_536, 1, 1, 8), (65_536, 8, 1, 8)),
+}
+
+
+@pytest.mark.parametrize("words", TOO_MUCH)
+def test_what_a_tpu_has_no_room_for_is_refused(words):
+    with on(TPU), pytest.raises(NotImplementedError, match=words):
+        TOO_MUCH[words]()
+
+
+def test_inputs_of_two_dtypes_lose_nothing():
+    rng = np.random.default_rng(0)
+    q, v = (jnp.asarray(rng.normal(size=(1, 16, 1, 8)), dtype) for dtype in (jnp.bfloat16, F32))
+    log = jnp.full(1, -0.1, F32)
+    expected, _ = linear_attention(q, q, v, log, implementation="reference")
+    with on(INTERPRETED):
+        y, _ = linear_attention(q, q, v, log, implementation="pallas_tpu")
+    assert y.dtype == F32
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_summed_as_they_are_multiplied():
+    """One score 0 and 255 just above log(1/4), values of one: the mean is one, not 0.998."""
+    k = jnp.full((1, 256, 1, 1), np.log(0.2505), jnp.bfloat16).at[0, 0].set(0)
+    q, v = jnp.ones((1, 1, 1, 1), jnp.bfloat16), jnp.ones((1, 256, 1, 8), jnp.bfloat16)
+    with on(INTERPRETED):
+        for time in (1, 2):
+            y = attention(
+                jnp.repeat(q, time, axis=1), k, v, causal=False, implementation="pallas_tpu"
+            )
+            np.testing.assert_array_equal(np.asarray(y, np.float32), 1)
 
 
 def test_pallas_is_imported_by_the_first_call_that_runs_it():
