@@ -32,11 +32,13 @@ walk_back = late(f"{__package__}.fixed_query_pallas_gpu_kernels", "walk_back")
 def refuse(q, k, v, *rest):
     """Why not, or None."""
     *_, chunk = rest
+    if reason := pallas.no_hopper(q, k, v):
+        return reason
     if chunk not in (None, CHUNK):
         return f"its chunks are of {CHUNK} tokens, not {chunk}"
     if v.shape[3] % CHUNK or not 0 < v.shape[3] <= WIDEST:
         return f"its value widths are multiples of {CHUNK} up to {WIDEST}, not {v.shape[3]}"
-    return pallas.no_hopper(q, k, v)
+    return None
 
 
 def fixed_query(q, k, v, scale, state, reset, chunk):

@@ -23,9 +23,11 @@ CHUNK, LEAST, MOST = 128, 8, 512
 def refuse(q, k, v, *rest):
     """Why not, or None."""
     *_, chunk = rest
+    if reason := pallas.no_tpu(q, k, v):
+        return reason
     if chunk is not None and (chunk % LEAST or chunk > MOST):
         return f"its chunks are multiples of {LEAST} up to {MOST}, not {chunk}"
-    return pallas.no_tpu(q, k, v)
+    return None
 
 
 def fixed_query(q, k, v, scale, state, reset, chunk):

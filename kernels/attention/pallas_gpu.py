@@ -50,6 +50,8 @@ def refuse_gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, bloc
 
 
 def _refuse(q, k, v, scale, block):
+    if reason := pallas.no_hopper(q, k, v):
+        return reason
     for name, width in (("key", k.shape[3]), ("value", v.shape[3])):
         if width % 64 or not 0 < width <= WIDEST:
             return f"its {name} widths are multiples of 64 up to {WIDEST}, not {width}"
@@ -57,7 +59,7 @@ def _refuse(q, k, v, scale, block):
         return f"its scale is positive, not {scale}"
     if block is not None and block not in _blocks(k, v):
         return f"its tiles are of {' or '.join(map(str, _blocks(k, v)))} keys, not {block}"
-    return pallas.no_hopper(q, k, v)
+    return None
 
 
 def _blocks(k, v):

@@ -36,12 +36,14 @@ gradients = late(f"{__package__}.pallas_gpu_kernels", "gradients")
 def refuse(q, k, v, log_decay, state, reset, chunk):
     """Why not, or None."""
     del log_decay, reset
+    if reason := pallas.no_hopper(q, k, v):
+        return reason
     if chunk not in (None, CHUNK):
         return f"its chunks are of {CHUNK} tokens, not {chunk}"
     for name, width in zip(("key", "value"), state.shape[2:], strict=True):
         if width % CHUNK or width > WIDEST:
             return f"its {name} widths are multiples of {CHUNK} up to {WIDEST}, not {width}"
-    return pallas.no_hopper(q, k, v)
+    return None
 
 
 def linear_attention(q, k, v, log_decay, state, reset, chunk):

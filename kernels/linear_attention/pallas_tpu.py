@@ -28,10 +28,12 @@ NUMBERS = 1 << 14  # of a tile of larger chunks than that
 def refuse(q, k, v, log_decay, state, reset, chunk):
     """Why not, or None."""
     del log_decay, reset
+    if reason := pallas.no_tpu(q, k, v):
+        return reason
     most = max(CHUNK, min(256, NUMBERS // max(state.shape[2:])))
     if chunk is not None and (chunk < LEAST or chunk > most or chunk & (chunk - 1)):
         return f"its chunks are powers of two from {LEAST} to {most}, not {chunk}"
-    return pallas.no_tpu(q, k, v)
+    return None
 
 
 def linear_attention(q, k, v, log_decay, state, reset, chunk):

@@ -170,6 +170,7 @@ def test_implementations_that_do_not_run_here_are_said(file, capsys):
     """Once each; and decoding by XLA has no size but attention's."""
     assert tune.main([*TINY, "--ops", "decode", "--widths", "8", "16"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
+        "decode pallas_gpu: it runs on Hopper GPUs (H100, H200), and this is cpu",
         "decode pallas_tpu: it runs on TPUs, and this is cpu",
         "decode xla: passed over, since it looks up no sizes of its own",
         "nothing was written",
