@@ -46,7 +46,7 @@ def target() -> Target:
     named = _target.get()
     if named is not None:
         return named
-    device: Any = jax.config.jax_default_device or jax.devices()[0]
+    device: Any = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     capability = getattr(device, "compute_capability", "")

@@ -46,6 +46,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     code = {
         Path("__init__.py"),
+        Path("selftest.py"),
         *(p.relative_to(ROOT) for f in FOLDERS for p in ROOT.glob(f"{f}/**/*.py")),
     }
     assert {name for name in held if name.endswith(".py")} == {f"scanax/{p}" for p in code}
