@@ -194,7 +194,11 @@ def vector_pull(q, k, log, reset, dq, dk, through, d_scores):
         dq, dk = (by_head(x[None]).astype(log.dtype) for x in (dq, dk))
         d = d[None].astype(log.dtype)
         through = through[None, :, None]
-        out = c.pull(d, jnp.swapaxes(d, 2, 3), dq * c.from_start, dk * c.to_end, through)
+        dq_start, dk_end, own = dq * c.from_start, dk * c.to_end, c.own(d)
+        dq, dk = c.scores_pull(d, jnp.swapaxes(d, 2, 3))
+        inside = c.q * dq - c.k * dk
+        d_log = c.decay_pull(inside, c.q * dq_start, c.k * dk_end, through)
+        out = dq + dq_start + own * c.k, dk + dk_end + own * c.q, d_log
         return tuple(by_head(x)[0] for x in out)
 
     tokens = (None if x is None else split(x) for x in (q, k, log, reset, dq, dk))

@@ -137,18 +137,6 @@ class Chunk:
         dk = self.dot("lbhji,lbhik->lbhjk", jnp.where(self.pairs_T, d_T, 0), self.q_levels)
         return jnp.sum(self.levels * dq, axis=0), jnp.sum(self.levels * dk, axis=0)
 
-    def pull(self, d, d_T, dq_start, dk_end, through):
-        """Gradients of q, k and the logs.
-
-        d, d_T: of the scores, plain and transposed; dq_start, dk_end: of q and k by way of the
-        states; through (B, H, 1, K): the state times its gradient, summed over V.
-        """
-        dq, dk = self.scores_pull(d, d_T)
-        inside = self.q * dq - self.k * dk
-        d_decay = self.decay_pull(inside, self.q * dq_start, self.k * dk_end, through)
-        own = self.own(d)
-        return dq + dq_start + own * self.k, dk + dk_end + own * self.q, d_decay
-
     def decay_pull(self, inside, at_start, at_end, through):
         """Gradient of the logs: what crosses token t, and no difference reaches beyond the chunk.
 
@@ -200,11 +188,17 @@ def _backward(size, residuals, cotangents):
         *xs, dy, before = xs
         c = Chunk(*xs, before)
         d_scores = c.dot("bhiv,bhjv->bhij", dy, c.v)
+        dq_inside, dk_inside = c.scores_pull(d_scores, c.dot("bhjv,bhiv->bhji", c.v, dy))
         dq_start = c.only("first", c.dot("bhiv,bhkv->bhik", dy, before) * c.from_start)
         dk_end = c.only("last", c.dot("bhjv,bhkv->bhjk", c.v, d_next) * c.to_end)
-        through = jnp.sum(c.whole * before * d_next, axis=-1)[:, :, None]
-        d_scores_T = c.dot("bhjv,bhiv->bhji", c.v, dy)
-        dq, dk, d_decay = c.pull(d_scores, d_scores_T, dq_start, dk_end, through)
+        d_decay = c.decay_pull(
+            c.q * dq_inside - c.k * dk_inside,
+            c.q * dq_start,
+            c.k * dk_end,
+            jnp.sum(c.whole * before * d_next, axis=-1)[:, :, None],
+        )
+        own = c.own(d_scores)
+        dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q
         dv = c.dot("bhij,bhiv->bhjv", c.scores(), dy)
         dv += c.only("last", c.dot("bhjk,bhkv->bhjv", c.k * c.to_end, d_next))
         seen = c.only("first", c.q * c.from_start)
