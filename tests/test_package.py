@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOP = ("__init__.py", "selftest.py")
 FOLDERS = ("kernels", "sharding", "layers", "models", "experiments")
 
 IMPORT_ALL = """
@@ -45,8 +46,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     code = {
-        Path("__init__.py"),
-        Path("selftest.py"),
+        *map(Path, TOP),
         *(p.relative_to(ROOT) for f in FOLDERS for p in ROOT.glob(f"{f}/**/*.py")),
     }
     assert {name for name in held if name.endswith(".py")} == {f"scanax/{p}" for p in code}
@@ -68,4 +68,4 @@ def test_every_module_is_imported_from_outside_the_tree(wheel, tmp_path):
     printed = run(python, "-c", IMPORT_ALL, cwd=tmp_path, env=clean)
     modules = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert all(Path(file).is_relative_to(site) for file in modules.values()), modules
-    assert len(modules) == 1 + sum(1 for f in FOLDERS for _ in ROOT.glob(f"{f}/**/*.py"))
+    assert len(modules) == len(TOP) + sum(1 for f in FOLDERS for _ in ROOT.glob(f"{f}/**/*.py"))
