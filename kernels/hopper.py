@@ -37,6 +37,13 @@ def call(kernel, device: Target, *, infer: bool = False, **how):
     return run
 
 
+def load(ref, layout):
+    """Global memory to registers; before JAX 0.11 with an index of its own."""
+    index = inspect.signature(gpu.load).parameters.get("idx")
+    needed = index is not None and index.default is inspect.Parameter.empty
+    return gpu.load(ref, *([()] if needed else []), layout=layout, optimized=False)
+
+
 def tiles(*shape, line=TILE):
     """Shared memory for bfloat16 that the tensor cores read; the last two axes are the matrix.
 
@@ -63,8 +70,7 @@ class Warpgroup:
         """A matrix in global memory, or of another layout."""
         if self.interpreted:
             return ref[...]
-        index = [()] if "idx" in inspect.signature(gpu.load).parameters else []  # before JAX 0.11
-        return gpu.load(ref, *index, layout=layout, optimized=False)
+        return load(ref, layout)
 
     def down(self, ref, width=TILE):
         """Numbers of the rows, in shared memory, as a matrix of equal columns."""

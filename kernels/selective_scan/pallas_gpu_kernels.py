@@ -6,7 +6,6 @@ begin a document. A program takes one row and 128 channels, a thread each; the t
 chunk are copied while this one is computed.
 """
 
-import inspect
 import math
 
 import jax
@@ -57,8 +56,7 @@ class Threads:
         if self.interpreted:
             return ref[...]
         layout = LAYOUT if len(ref.shape) == 2 else LAYOUT.reduce(1)
-        index = [()] if "idx" in inspect.signature(gpu.load).parameters else []  # before JAX 0.11
-        return gpu.load(ref, *index, layout=layout, optimized=False)
+        return hopper.load(ref, layout)
 
     def to_global(self, ref, x):
         """(CHANNELS, N) to global memory."""
