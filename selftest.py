@@ -43,6 +43,7 @@ WIDE = ("state", "log_decay", "A", "D")  # never in less than float32
 DEFINITIONS = ("reference", "associative")  # in float32 only
 TPU_KERNELS = ("pallas_tpu", "megablox")
 INTERPRETED = dispatch.Target("tpu", "TPU v5 lite", interpret=True)
+QUICK = {"xla_backend_optimization_level": 0}  # unrolled definitions take a CPU's LLVM a minute
 Case = tuple[str, str, dict[str, np.ndarray], dict[str, Any]]
 
 
@@ -89,14 +90,14 @@ def cases() -> Iterator[Case]:
     yield "grouped_matmul", "grouped_matmul", floats, {"sizes": sizes}
 
 
-def both(run: Callable) -> Callable:
+def both(run: Callable, options: dict | None = None) -> Callable:
     """(inputs, cotangents) -> values, and gradients to every input."""
 
     def call(floats, cotangents):
         out, pull = jax.vjp(lambda x: run(**x), floats)
         return out, pull(cotangents)[0]
 
-    return jax.jit(call)
+    return jax.jit(call, compiler_options=options)
 
 
 def rounded(floats: dict, dtype: str) -> dict:
@@ -110,7 +111,7 @@ class Problem:
 
     def __init__(self, case: Case):
         self.name, self.op, self.given, self.others = case
-        self.definition = both(self.call("reference"))
+        self.definition = both(self.call("reference"), QUICK)
 
     def round(self, dtype: str, cpu: Any) -> None:
         """Take inputs of this dtype."""
@@ -147,11 +148,11 @@ class Problem:
             return None
         return None
 
-    def errors(self, run: Callable) -> tuple[float, float | None]:
+    def errors(self, run: Callable, options: dict | None) -> tuple[float, float | None]:
         """(of the values, of the gradients): the largest of any array; in float32 of both."""
         if self.dtype != "float32":
             return self.largest(jax.jit(lambda x: run(**x))(self.floats), self.answer[0]), None
-        values, gradients = both(run)(self.floats, self.cotangents)
+        values, gradients = both(run, options)(self.floats, self.cotangents)
         return self.largest(values, self.answer[0]), self.largest(gradients, self.answer[1])
 
     def largest(self, got: Any, true: Any) -> float:
@@ -216,7 +217,8 @@ def run(only: str = "") -> int:
                     continue
                 try:
                     with context:
-                        values, gradients = problem.errors(call)
+                        quick = name in DEFINITIONS and dispatch.target().platform == "cpu"
+                        values, gradients = problem.errors(call, QUICK if quick else None)
                 except Exception as error:  # a kernel that an upgrade broke is what this looks for
                     failed += 1
                     what = f"FAILED: {type(error).__name__}: {str(error).splitlines()[:1]}"

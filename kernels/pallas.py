@@ -101,9 +101,9 @@ def shape(*sizes: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def over_chunks(device: Target, kernel, grid, inputs, outputs, scratch):
-    """Call a kernel for TPUs over (rows, heads, chunks in order), its state in VMEM.
+    """Call a kernel for TPUs over (rows, heads or channels, chunks in order), its state in VMEM.
 
-    `inputs` and `outputs` are pairs of a method of `Blocks` and an array or a shape; `scratch` the
+    `inputs` and `outputs` are pairs of array -> BlockSpec and an array or a shape; `scratch` the
     shapes of the float32 arrays that stay from chunk to chunk.
     """
     from jax.experimental.pallas import tpu as pltpu

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 
 from .. import tuned
 from ..dispatch import target
+from ..pallas import collect
 
 
 def features(q, k, v, vector):
@@ -204,7 +205,7 @@ def _backward(size, residuals, cotangents):
         seen = c.only("first", c.q * c.from_start)
         d_before = c.unbroken(c.whole * d_next) + c.dot("bhik,bhiv->bhkv", seen, dy)
         grads = zip((dq, dk, dv, d_decay), xs, strict=False)
-        return d_before, tuple(_collect(d, x.shape[:2]) for d, x in grads)
+        return d_before, tuple(collect(d, x.shape[:2]) for d, x in grads)
 
     xs = (*(_split(x, size) for x in (q, k, v, log_decay)), _split_reset(reset, size))
     d_state, grads = jax.lax.scan(body, d_final, (*xs, _split(dy, size), states), reverse=True)
@@ -231,10 +232,3 @@ def _split_reset(reset, size):
 
 def _join(x):
     return rearrange(x, "n b h c k -> b (n c) h k")
-
-
-def _collect(d, shape):
-    """Sum a gradient (B, H, ...) over what was repeated: to `shape` = (B or 1, groups)."""
-    b, h, *rest = d.shape
-    d = d.reshape(b, shape[1], h // shape[1], *rest).sum(axis=2)
-    return d if shape[0] == b else d.sum(axis=0, keepdims=True)

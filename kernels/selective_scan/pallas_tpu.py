@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from .. import pallas, tuned
-from ..pallas import index
+from ..pallas import index, over_chunks, shape
 from .xla import features
 
 CHUNK = 128
@@ -208,11 +208,11 @@ class Blocks:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
-        def spec(shape, place, **how):
+        def spec(part, place, **how):
             def at(b, d, n):
                 return place(b, d, jnp.int32(chunks - 1) - n if reverse else n)
 
-            return lambda x: pl.BlockSpec(shape(x), at, **how)
+            return lambda x: pl.BlockSpec(part(x), at, **how)
 
         def whole(x):
             return (None, None, *x.shape[2:])
@@ -226,41 +226,21 @@ class Blocks:
         self.parts = spec(lambda x: (None,) * 3 + x.shape[3:], lambda b, d, n: (b, d, n, 0, 0))
 
 
-def _run(device, kernel, grid, inputs, outputs, scratch=()):
-    """Call a kernel over (rows, blocks of channels, chunks); specs and arrays alongside."""
-    call = pallas.tpu_call(
-        kernel,
-        device,
-        semantics=("parallel", "parallel", "arbitrary"),
-        grid=grid,
-        in_specs=[spec(x) for spec, x in inputs],
-        out_specs=[spec(x) for spec, x in outputs],
-        out_shape=[x for _, x in outputs],
-        scratch_shapes=scratch,
-    )
-    return call(*(x for _, x in inputs))
-
-
-def _like(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def _forward(device, plan, u, delta, A, B, C, D, state, reset, keep=True):
     size, tile, block = plan
     batch, chunks = B.shape[:2]
     at, packed = Blocks(size, block, chunks), reset is not None
     inputs = [(at.tokens, u), (at.tokens, delta), (at.shared, A), (at.columns, B), (at.columns, C)]
     inputs += [(at.shared, D), (at.state, state), *([(at.begins, reset)] if packed else [])]
-    outputs = [(at.tokens, _like(*u.shape, dtype=u.dtype)), (at.state, _like(*state.shape))]
-    outputs += [(at.states, _like(batch, chunks, *A.shape))] if keep else []
+    outputs = [(at.tokens, shape(*u.shape, dtype=u.dtype)), (at.state, shape(*state.shape))]
+    outputs += [(at.states, shape(batch, chunks, *A.shape))] if keep else []
     kernel = partial(_forward_kernel, tile, packed, keep)
-    y, final, *starts = _run(device, kernel, (batch, u.shape[2] // block, chunks), inputs, outputs)
+    grid = batch, u.shape[2] // block, chunks
+    y, final, *starts = over_chunks(device, kernel, grid, inputs, outputs, ())
     return (y, final), (u, delta, A, B, C, D, reset, *starts)
 
 
 def _backward(device, plan, residuals, cotangents):
-    from jax.experimental.pallas import tpu as pltpu
-
     u, delta, A, B, C, D, reset, starts = residuals
     dy, d_final = cotangents
     size, tile, block = plan
@@ -270,19 +250,20 @@ def _backward(device, plan, residuals, cotangents):
     inputs = [(at.tokens, u), (at.tokens, delta), (at.shared, A), (at.columns, B), (at.columns, C)]
     inputs += [(at.shared, D), (at.states, starts), (at.tokens, dy), (at.state, d_final)]
     inputs += [(at.begins, reset)] if packed else []
-    part = _like(*grid, *B.shape[2:])
+    part = shape(*grid, *B.shape[2:])
     outputs = [
-        (at.tokens, _like(*u.shape, dtype=u.dtype)),
-        (at.tokens, _like(*delta.shape, dtype=delta.dtype)),
-        (at.state, _like(batch, *A.shape)),
+        (at.tokens, shape(*u.shape, dtype=u.dtype)),
+        (at.tokens, shape(*delta.shape, dtype=delta.dtype)),
+        (at.state, shape(batch, *A.shape)),
         (at.parts, part),
         (at.parts, part),
-        (at.state, _like(batch, *D.shape)),
-        (at.state, _like(*d_final.shape)),
+        (at.state, shape(batch, *D.shape)),
+        (at.state, shape(*d_final.shape)),
     ]
     kernel = partial(_backward_kernel, tile, packed)
-    scratch = [pltpu.VMEM((size, A.shape[0], block), jnp.float32)]
-    du, d_delta, dA, dB, dC, dD, d_state = _run(device, kernel, grid, inputs, outputs, scratch)
+    scratch = [(size, A.shape[0], block)]
+    grads = over_chunks(device, kernel, grid, inputs, outputs, scratch)
+    du, d_delta, dA, dB, dC, dD, d_state = grads
     dB, dC = (d.sum(axis=1).astype(x.dtype) for d, x in ((dB, B), (dC, C)))
     return du, d_delta, dA.sum(axis=0), dB, dC, dD.sum(axis=0), d_state, None
 

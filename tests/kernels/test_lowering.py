@@ -30,7 +30,7 @@ def name_of(one):
 def test_lowers(one):
     name, platform, width, dtype, packed = one
     device, implementation, call = DEVICES[platform]
-    run, arrays = case(name, implementation, width, dtype, packed)
+    run, arrays = case(name, implementation, width, width, dtype, packed)
     with on(device):
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
     assert text.count(call) >= (1 if name == "decode" else 2)  # forward and backward

@@ -24,7 +24,7 @@ def pulled(run):
     return call
 
 
-def linear_case(kind, implementation, width, dtype):
+def linear_case(kind, implementation, width, values, dtype):
     logs = {
         "vector": (BATCH, TIME, HEADS, width),
         "scalar": (BATCH, TIME, HEADS),
@@ -33,9 +33,9 @@ def linear_case(kind, implementation, width, dtype):
     arrays = (
         shape(BATCH, TIME, HEADS, width, dtype=dtype),
         shape(BATCH, TIME, GROUPS, width, dtype=dtype),
-        shape(BATCH, TIME, HEADS, width, dtype=dtype),
+        shape(BATCH, TIME, HEADS, values, dtype=dtype),
         shape(*logs[kind]),
-        shape(BATCH, HEADS, width, width),
+        shape(BATCH, HEADS, width, values),
     )
 
     def run(reset, *args):
@@ -45,9 +45,9 @@ def linear_case(kind, implementation, width, dtype):
     return run, arrays
 
 
-def fixed_query_case(implementation, width, dtype):
-    tokens = (shape(BATCH, TIME, GROUPS, width, dtype=dtype),) * 2
-    state = shape(BATCH, HEADS), shape(BATCH, HEADS), shape(BATCH, HEADS, width)
+def fixed_query_case(implementation, width, values, dtype):
+    tokens = [shape(BATCH, TIME, GROUPS, n, dtype=dtype) for n in (width, values)]
+    state = shape(BATCH, HEADS), shape(BATCH, HEADS), shape(BATCH, HEADS, values)
 
     def run(reset, *args):
         op = partial(fixed_query, reset=reset, implementation=implementation)
@@ -56,8 +56,8 @@ def fixed_query_case(implementation, width, dtype):
     return run, (shape(HEADS, width, dtype=dtype), *tokens, state)
 
 
-def attention_case(implementation, width, dtype):
-    keys = (shape(BATCH, TIME, GROUPS, width, dtype=dtype),) * 2
+def attention_case(implementation, width, values, dtype):
+    keys = [shape(BATCH, TIME, GROUPS, n, dtype=dtype) for n in (width, values)]
 
     def run(reset, *args):
         op = partial(
@@ -68,8 +68,8 @@ def attention_case(implementation, width, dtype):
     return run, (shape(BATCH, TIME, HEADS, width, dtype=dtype), *keys)
 
 
-def decode_case(implementation, width, dtype):
-    keys = (shape(BATCH, TIME, GROUPS, width, dtype=dtype),) * 2
+def decode_case(implementation, width, values, dtype):
+    keys = [shape(BATCH, TIME, GROUPS, n, dtype=dtype) for n in (width, values)]
 
     def run(reset, q, k, v, index):
         del reset
@@ -79,8 +79,9 @@ def decode_case(implementation, width, dtype):
     return run, (query, *keys, shape(BATCH, 1, dtype=jnp.int32))
 
 
-def selective_case(implementation, width, dtype):
+def selective_case(implementation, width, values, dtype):
     """`width` channels of four heads, and 16 states; delta is in float32, as a layer has it."""
+    assert values == width, "it has no values"
     tokens = shape(BATCH, TIME, 4 * width, dtype=dtype), shape(BATCH, TIME, 4 * width)
     shared = (shape(BATCH, TIME, 16, dtype=dtype),) * 2
 
@@ -101,9 +102,9 @@ CASES = {
 }
 
 
-def case(name, implementation, width, dtype, packed):
+def case(name, implementation, width, values, dtype, packed):
     """(function, shapes) of values and gradients; packed, `reset` is data too."""
-    run, arrays = CASES[name](implementation, width, dtype)
+    run, arrays = CASES[name](implementation, width, values, dtype)
     if packed:
         return run, (shape(BATCH, TIME, dtype=jnp.bool_), *arrays)
     return partial(run, None), arrays
