@@ -3,6 +3,7 @@
 Keys (B, S, G, K) are read as (B, S G, K), so that no head's are moved: all heads of a row meet all
 keys of a tile, and a mask keeps each to its group. The extra products are free, for the matrix unit
 takes as long for the few heads of one group. A worker is a TPU core; `decode` deals the tiles.
+The bytes are the cache's, the least there is, unless XLA pads it first (docs/kernels.md).
 """
 
 from functools import partial
