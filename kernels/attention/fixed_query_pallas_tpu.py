@@ -4,9 +4,9 @@ XLA makes the scores, one number a token and head, and takes their gradient back
 kernel reads them and the values and writes the outputs. The equations and the cotangents that pass
 from chunk to chunk are those of `fixed_query_xla.py`; the pairs of a chunk are one tile.
 
-Bytes a token and head of V values in bfloat16: forward 4 V and 4 of a score, the least there is, and
-4 V / C of states where a gradient is asked for; backward 4 V read, 4 V of gradients in float32 and
-8 of scores, against 6 V. XLA puts the heads before time, which moves all once more. Operations:
+Bytes a token and head of V values in bfloat16: forward 4 V and 4 of a score, the least there is,
+and 4 V / C of states where a gradient is asked for; backward 4 V read, 4 V of gradients in float32
+and 8 of scores, against 6 V. XLA puts the heads before time, which moves all once more. Operations:
 2 C V forward, 6 C V backward, of which half is of use.
 """
 

@@ -14,8 +14,8 @@ Bytes a token and head in bfloat16, of K keys, V values and decays in float32: t
 it keeps 4 K V / C of states. The backward reads 4 K + 4 V, the decays and the states and writes
 8 K + 4 V and the decays' gradient in float32; the least is 8 K + 6 V and twice the decays. XLA puts
 the heads before time, which reads and writes everything once more. Operations of matrix units:
-2 K C of a scalar decay's scores, 2 K C log2(C) of a vector's, 2 C V and 4 K V; in the backward three
-times the scores', 4 C V and 8 K V.
+2 K C of a scalar decay's scores, 2 K C log2(C) of a vector's, 2 C V and 4 K V; in the backward
+three times the scores', 4 C V and 8 K V.
 """
 
 from functools import partial
