@@ -103,8 +103,11 @@ LEAST = {
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Everything needed to build the run again, as JSON types."""
-    name = next(name for name, task in TASKS.items() if task is type(config.task))
-    return {"task_name": name} | dataclasses.asdict(config)
+    return {"task_name": task_name(config.task)} | dataclasses.asdict(config)
+
+
+def task_name(task: Any) -> str:
+    return next(name for name, kind in TASKS.items() if kind is type(task))
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:

@@ -1,9 +1,12 @@
-"""How well a trained model predicts text: loss, perplexity, bits per byte, by position and length.
+"""How good a trained model is: of text the loss, perplexity, bits per byte, by position and length.
+
+A run of another task (images, series, recall) is measured as that task says, with its pictures.
 
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --data.paths my_project/
 python -m scanax.experiments.evaluate --checkpoint published/llama --choices questions.jsonl
 python -m scanax.experiments.evaluate --checkpoint runs/stdlib --tasks lambada_openai,piqa
+python -m scanax.experiments.evaluate --checkpoint runs/recall-mqar
 """
 
 import os
@@ -19,17 +22,18 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from scanax.experiments import choices, flags, harness, plot
+from scanax.experiments import choices, examining, flags, harness, plot
 from scanax.experiments import data as texts
-from scanax.experiments.loading import Loaded, load, parse_step, published
+from scanax.experiments.loading import Loaded, find, load, parse_step, published
 from scanax.experiments.sampling import AXES
 from scanax.experiments.scoring import Score, measure, scorer
+from scanax.experiments.tasks.lm import LMTask
 from scanax.sharding import mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure how well a trained model predicts text."""
+    """Measure how good a trained model is: at text, or at the task that it was trained for."""
 
     checkpoint: str
     """Directory of a training run, or of a published checkpoint, or a Hub id."""
@@ -103,7 +107,7 @@ class EvaluateConfig:
 
 def main(args: list[str] | None = None) -> int:
     """0: done. 2: something given is wrong, nothing written. 1: the results cannot be written."""
-    about = "Measure how well a trained model predicts text."
+    about = "Measure how good a trained model is: at text, or at the task it was trained for."
     try:
         args = sys.argv[1:] if args is None else args
         config = flags.parse(EvaluateConfig, None, args, "evaluate", about)
@@ -137,6 +141,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tasks = harness.find(config.tasks, config.task_path, config.shots) if config.tasks else None
     mesh.emulate(config.emulate_devices)
     over = mesh.only(mesh.make(config.mesh), *AXES)
+    if not isinstance(find(config.checkpoint, parse_step(config.step)).config.task, LMTask):
+        return of_task(config, over)
     own = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
     loaded = load(config.checkpoint, parse_step(config.step), over, **own)
     place(config, loaded.step)
@@ -155,6 +161,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         print(f"{named(config, loaded.step)} on {config.tasks}", flush=True)
         results["tasks"] = harness.measure(tasks, answers, config.limit)
     return results
+
+
+def of_task(config: EvaluateConfig, over: Mesh) -> dict[str, Any]:
+    """Measure a run of a task that is not text, with pictures beside evaluation.json."""
+    about = ("checkpoint", "step", "out", "plot", "mesh", "emulate_devices")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in about and value != default(field):
+            raise ValueError(f"{field.name}={value}: {config.checkpoint} is not a model of text")
+    loaded = load(config.checkpoint, parse_step(config.step), over, kind=object)
+    folder = place(config, loaded.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{named(config, loaded.step)} on its held-out data")
+    about = {"checkpoint": which(config), "step": loaded.step}
+    return about | examining.examine(loaded, over, folder if config.plot else None)
+
+
+def default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def reads_text(config: EvaluateConfig) -> bool:
@@ -261,7 +287,7 @@ def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     folder = place(config, results["step"])
     folder.mkdir(parents=True, exist_ok=True)
     found, same = earlier(folder), ("checkpoint", "step", "dtype", "tokenizer")
-    kept = found if all(k in found and found[k] == results[k] for k in same) else {}
+    kept = found if all(found.get(k) == results.get(k) for k in same) else {}
     print()
     write(folder / "evaluation.json", json.dumps(kept | results, indent=1).encode())
     if config.plot and "lengths" in results:

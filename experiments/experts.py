@@ -98,7 +98,7 @@ def check(config: Experts) -> None:
 
 def report(config: Experts) -> None:
     """Print the table and what to choose. ValueError for a model or machine that cannot be."""
-    task = flags.preset(config.preset).task
+    task = flags.language_model(config.preset).task
     changed = {"rows": config.rows, "length": config.length}
     task = dataclasses.replace(task, **{k: v for k, v in changed.items() if v is not None})
     model: LMConfig = task.model

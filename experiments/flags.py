@@ -14,10 +14,11 @@ import tyro
 
 from ..models.presets import PRESETS
 from ..models.pretrained.compare import difference
-from .config import TrainConfig, read
+from .config import TrainConfig, read, task_name
 from .data import are_arrays
 from .launcher import Hosts
 from .loading import Found, find
+from .tasks.lm import LMTask
 
 ENDS = ("steps", "minutes")
 COMPUTED = ("dtype", "param_dtype", "remat", "loss_chunk", "vocab_multiple")
@@ -63,7 +64,12 @@ def train(args: list[str]) -> TrainConfig:
 
 
 def of(found: Found, task: Any) -> Any:
-    """A task with the model and the tokens of what was found."""
+    """A task with the model, and the tokens if there are, of what was found."""
+    if type(found.config.task) is not type(task):
+        ours, theirs = task_name(task), task_name(found.config.task)
+        raise ValueError(f"--from: {found.folder} is of the task {theirs}, the preset of {ours}")
+    if not isinstance(task, LMTask):
+        return dataclasses.replace(task, model=found.config.task.model)
     model, theirs = found.config.task.model, found.config.task.data
     if found.step is None:  # published: how it is computed is said here
         how = {name: getattr(task.model, name) for name in COMPUTED}
@@ -76,6 +82,8 @@ def check(found: Found, made: TrainConfig) -> None:
     """ValueError if the flags make another model, or nothing says what its tokens are."""
     if changed := difference(made.task.model, found.config.task.model):
         raise ValueError(f"--from {made.source} holds another model: {changed}")
+    if not isinstance(made.task, LMTask):
+        return
     data = made.task.data
     if found.step is None and data.tokenizer is None and not are_arrays(data.paths, data.suffixes):
         raise ValueError(
@@ -104,6 +112,16 @@ def files() -> list[str]:
     """Names of the experiments of experiments/configs."""
     folder = Path(__file__).parent / "configs"
     return sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if p.stem != "__init__")
+
+
+def language_model(name: str) -> TrainConfig[LMTask]:
+    """A preset whose task is a language model. ValueError for another's."""
+    config = preset(name)
+    if not isinstance(config.task, LMTask):
+        raise ValueError(
+            f"preset {name} is of the task {task_name(config.task)}, and this is of language models"
+        )
+    return config
 
 
 def preset(name: str) -> TrainConfig:

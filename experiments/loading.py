@@ -17,7 +17,7 @@ from ..models.pretrained import Pretrained
 from ..models.pretrained.compare import difference
 from ..sharding import mesh
 from . import checkpoint, hosts
-from .config import TrainConfig, from_json
+from .config import TrainConfig, from_json, task_name
 from .data import DataConfig
 from .step import Place, blueprint
 from .tasks.lm import LMTask
@@ -81,18 +81,24 @@ def load(
     *,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    kind: type[Any] = LMTask,
 ) -> Loaded:
     """The model in a run's directory, a published one, or at a Hub id.
 
     step: of a run: a number, "best" (lowest held-out loss), None (latest). dtype: of published
     weights and of what is computed with them; None: float32. tokenizer: a tokenizer.json or
     `bytes`; None: what lies beside the weights. It is read straight onto a mesh (None: the first
-    device): each device reads its part. Raises ValueError in one line for a directory that is
-    neither, a step it does not have, or damaged files.
+    device): each device reads its part. kind: the task that it must be of. Raises ValueError in one
+    line for a directory that is neither, another task, a step it does not have, or damaged files.
     """
     found = find(directory, step, dtype)
     over = mesh.make() if over is None else over
     task = found.config.task
+    if not isinstance(task, kind):
+        raise ValueError(
+            f"{directory} is a run of the task {task_name(task)}, not a language model; "
+            "scanax.experiments.evaluate reads it"
+        )
     if found.step is None:
         model = dataclasses.replace(
             task.model, loss_chunk=LOGITS, vocab_multiple=over.shape["tensor"]
@@ -184,6 +190,8 @@ def _run(directory: str | Path, step: Step) -> Found:
 
 
 def _tokenizer(task: Any, bare: bool) -> Bytes | TokenizerJson | None:
+    if not isinstance(task, LMTask):
+        return None
     # a corpus of token arrays names its vocabulary; of 256 tokens, they are bytes
     if task.data.tokenizer is None and (bare or task.data.vocab not in (None, 256)):
         return None

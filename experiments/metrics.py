@@ -237,6 +237,8 @@ def progress_line(row: Row, unit: str, part: float, left: float) -> str:
     hours, minutes = divmod(minutes, 60)
     clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     bits = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
+    if "accuracy" in row:
+        bits += f"  {100 * row['accuracy']:.1f}% right"
     held = row.get("heldout_bits_per_byte", row.get("heldout_loss"))
     return (
         f"{100 * part:3.0f}% step {row['step']}  loss {row['loss']:.3f}{bits}"

@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
 
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Figures of one step, each a device's: bytes, floating-point operations, collectives."""
-    task = flags.preset(config.preset).task
+    task = flags.language_model(config.preset).task
     model = task.model
     for name in ("remat", "dtype"):
         if getattr(config, name) is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from .metrics import read
 
 
-def loss_curve(folder: Path, unit: str) -> Path:
+def loss_curve(folder: Path, measure: str, unit: str) -> Path:
     """Draw loss.png: training and held-out loss by step, in bits per byte where those are known."""
     from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
 
@@ -31,7 +31,7 @@ def loss_curve(folder: Path, unit: str) -> Path:
     if len(train) > 20:  # the first steps would flatten everything after them
         axes.set_ylim(top=1.05 * sorted(v for _, v in train)[-len(train) // 20])
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (bits per byte)" if bits else f"loss (nats, mean over {unit})")
+    axes.set_ylabel("loss (bits per byte)" if bits else f"loss ({measure}, mean over {unit})")
     axes.set_title(folder.name)
     axes.grid(alpha=0.3)
     if train:

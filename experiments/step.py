@@ -190,7 +190,8 @@ def make_step(
             return (grads, sums), stream
 
         batches = jax.tree.map(
-            lambda x: mesh.constrain(x, None, mesh.ENDS, "seq"), split_rows(batch, parts)
+            lambda x: mesh.constrain(x, *(None, mesh.ENDS, "seq")[: x.ndim]),
+            split_rows(batch, parts),
         )
         numbers = jnp.arange(parts, dtype=jnp.uint32)
         if parts == 1:

@@ -114,7 +114,7 @@ def prepare(config: TrainConfig) -> Run:
     metrics.check(config)
     task.check()
     row, rows = task.batches(config.seed, 0, slice(0, 1)), task.rows
-    time_steps = jax.tree.leaves(row)[0].shape[1]
+    time_steps = next(x.shape[1] for x in jax.tree.leaves(row) if x.ndim > 1)
     if rows % config.accumulate:
         raise ValueError(f"{rows} rows do not divide into accumulate={config.accumulate} parts")
     over = mesh.make(config.mesh)
@@ -263,7 +263,7 @@ def finish(run: Run) -> None:
     if not hosts.first():
         return
     if config.plot:
-        print(f"\nloss curve: {plot.loss_curve(config.folder, task.unit)}")
+        print(f"\nloss curve: {plot.loss_curve(config.folder, task.measure, task.unit)}")
     model = None if hosts.several() else run.program.model(run.state, task)
     print(task.report(model, heldout, str(config.folder)), flush=True)
 

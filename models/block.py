@@ -1,4 +1,4 @@
-"""One block of a decoder, and runs of identical blocks stacked along a leading layer axis."""
+"""One block of a network, and runs of identical blocks stacked along a leading layer axis."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from ..layers.moe import MoE
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
 from ..sharding.mesh import refusal
-from .config import LMConfig
+from .config import BackboneConfig
 from .pattern import Kind, parse
 
 MIXERS = {
@@ -35,13 +35,13 @@ MIXERS = {
 MLPS = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GELU, "glu": GLU}
 
 
-def stream_dtype(config: LMConfig) -> jnp.dtype:
+def stream_dtype(config: BackboneConfig) -> jnp.dtype:
     """The dtype of the residual stream."""
     dtype = jnp.dtype(config.dtype)
     return jnp.promote_types(jnp.float32, dtype) if config.residual_float32 else dtype
 
 
-def norm(config: LMConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+def norm(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
     """A norm over the residual stream, of the kind that the config names, returned in `dtype`."""
     param_dtype = jnp.dtype(config.param_dtype)
     if config.norm == "simple":
@@ -56,7 +56,7 @@ class Block(nnx.Module):
     `config.residual` weighs these sums, and has them start from norm(x).
     """
 
-    def __init__(self, config: LMConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: BackboneConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
         kinds = parse(config.pattern, config.depth)
         self.dtype = jnp.dtype(config.dtype)
         options = {
@@ -123,13 +123,13 @@ class Run(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def abstract(config: LMConfig, kind: Kind, layer: int) -> tuple[nnx.GraphDef, Any]:
+def abstract(config: BackboneConfig, kind: Kind, layer: int) -> tuple[nnx.GraphDef, Any]:
     """One block without arrays: its structure, and the shapes and dtypes of its variables."""
     return nnx.split(nnx.eval_shape(functools.partial(_build, config, kind, layer)))
 
 
 @functools.lru_cache(maxsize=64)
-def runs(config: LMConfig) -> tuple[Run, ...]:
+def runs(config: BackboneConfig) -> tuple[Run, ...]:
     """The blocks of a model, grouped into the longest runs of identical ones.
 
     Raises ValueError for a pipeline whose parts are not alike.
@@ -185,12 +185,12 @@ def _name(kind: Kind) -> str:
     return kind.mixer if kind.mlp == "none" else f"{kind.mixer}+{kind.mlp}"
 
 
-def _build(config: LMConfig, kind: Kind, layer: int, key: Array | int = 0) -> Block:
+def _build(config: BackboneConfig, kind: Kind, layer: int, key: Array | int = 0) -> Block:
     return Block(config, kind, layer=layer, rngs=nnx.Rngs(key))
 
 
 @functools.lru_cache(maxsize=256)
-def _drawer(config: LMConfig, run: Run):
+def _drawer(config: BackboneConfig, run: Run):
     """The compiled function from a key to the variables of a run, with a leading layer axis."""
     layers = run.layers
 
@@ -211,7 +211,7 @@ def _drawer(config: LMConfig, run: Run):
     return jax.jit(draw)
 
 
-def stack(config: LMConfig, run: Run, key: Array) -> Block:
+def stack(config: BackboneConfig, run: Run, key: Array) -> Block:
     """The blocks of a run as one Block whose variables have a leading layer axis.
 
     Parameters are drawn for all layers at once: their distributions may depend on the number of

@@ -1,4 +1,4 @@
-"""The one frozen dataclass that a language model is built from."""
+"""The frozen dataclasses that networks are built from: what all share, and a language model's."""
 
 import dataclasses
 import math
@@ -35,13 +35,9 @@ class ResidualConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LMConfig:
-    """Everything that shapes a language model; its fields are the command line's model flags."""
+class BackboneConfig:
+    """Everything that shapes the blocks of a network."""
 
-    vocab: int = 256
-    """Number of token ids."""
-    vocab_multiple: int = 1
-    """The embedding (and head) have rows up to a multiple of this; logits have `vocab` entries."""
     width: int = 256
     """Width of the residual stream, in features."""
     depth: int = 4
@@ -50,16 +46,10 @@ class LMConfig:
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
     lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
-    """Norm before each mixer and MLP and before the head: RMSNorm, LayerNorm, or RMSNorm without
+    """Norm before each mixer and MLP and after the last: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
     norm_eps: float = 1e-5
     """Added to the mean square (variance) in these norms."""
-    tie_head: bool = True
-    """Whether the embedding's rows are also the head's columns."""
-    embed_scale: bool = False
-    """Whether embeddings are multiplied by sqrt(width)."""
-    init_std: float = 0.02
-    """Standard deviation of the embedding's, and an untied head's, initial weights."""
     residual_float32: bool = True
     """Whether the residual stream is float32 whatever the compute dtype."""
     residual: ResidualConfig = field(default_factory=ResidualConfig)
@@ -73,9 +63,6 @@ class LMConfig:
     follows from --mesh and --schedule.rounds."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
-    loss_chunk: int = 0
-    """Tokens whose logits exist at once in the loss: as many time steps of all rows as fit, and at
-    least one; 0: all."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     """The MLPs."""
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -97,7 +84,7 @@ class LMConfig:
 
     @property
     def grows(self) -> bool:
-        """Whether its state grows with the text: softmax attention without a window does."""
+        """Whether its state grows with the sequence: softmax attention without a window does."""
         mixers = {kind.mixer for kind in parse(self.pattern, self.depth)}
         return "attention" in mixers and self.attention.window is None
 
@@ -106,11 +93,43 @@ class LMConfig:
             value, known = getattr(self, each.name), get_args(each.type)
             if get_origin(each.type) is Literal and value not in known:
                 raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
-        for name in ("vocab", "vocab_multiple", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+        if self.width < 1:
+            raise ValueError(f"width={self.width}; it must be at least 1")
         for each in dataclasses.fields(self):
             _check_numbers(each.name, getattr(self, each.name))
+        kinds = parse(self.pattern, self.depth)
+        used = {"attention" if kind.mixer == "attention" else "linear" for kind in kinds}
+        used |= {"mlp" for kind in kinds if kind.mlp != "none"}
+        for name in {"linear", "attention", "mlp"} - used:
+            if (factors := getattr(self.residual, name)) != (1.0, 1.0):
+                raise ValueError(
+                    f"residual.{name}={factors}, but pattern {self.pattern!r} has no such part"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig(BackboneConfig):
+    """Everything that shapes a language model; its fields are the command line's model flags."""
+
+    vocab: int = 256
+    """Number of token ids."""
+    vocab_multiple: int = 1
+    """The embedding (and head) have rows up to a multiple of this; logits have `vocab` entries."""
+    tie_head: bool = True
+    """Whether the embedding's rows are also the head's columns."""
+    embed_scale: bool = False
+    """Whether embeddings are multiplied by sqrt(width)."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding's, and an untied head's, initial weights."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at once in the loss: as many time steps of all rows as fit, and at
+    least one; 0: all."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("vocab", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
         if self.loss_chunk < 0:
             raise ValueError(f"loss_chunk={self.loss_chunk}; it must be 0 (all) or more")
         kinds = parse(self.pattern, self.depth)
@@ -119,13 +138,6 @@ class LMConfig:
                 "moe.router.kind=expert-choice lets a later token take an earlier one's expert; a "
                 "language model needs a router that looks at one token, such as softmax"
             )
-        used = {"attention" if kind.mixer == "attention" else "linear" for kind in kinds}
-        used |= {"mlp" for kind in kinds if kind.mlp != "none"}
-        for name in {"linear", "attention", "mlp"} - used:
-            if (factors := getattr(self.residual, name)) != (1.0, 1.0):
-                raise ValueError(
-                    f"residual.{name}={factors}, but pattern {self.pattern!r} has no such part"
-                )
 
 
 MAY_BE_ZERO = (

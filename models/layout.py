@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ..kernels import routing
 from ..sharding import mesh
 from .block import runs
-from .config import LMConfig
+from .config import BackboneConfig
 from .lm import LM
 from .pattern import parse
 
@@ -39,7 +39,7 @@ def assembled(build: Callable[[nnx.Rngs], nnx.Module], params: Any, over: Mesh) 
     return nnx.merge(graphdef, params, rest)
 
 
-def by_layer(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
+def by_layer(config: BackboneConfig, params: dict[str, Any]) -> dict[str, Any]:
     """`{"embedding": ..., "layers.0.mixer.q.kernel": ...}`: names that do not know about runs.
 
     Takes any tree built like the parameters (gradients, Adam's moments); this is the layout of
@@ -57,9 +57,14 @@ def by_layer(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def from_layers(config: LMConfig, flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `by_layer`. ValueError names a leaf missing, left over or of another shape."""
-    known = shapes(config)
+def from_layers(
+    config: BackboneConfig, flat: dict[str, Any], kind: type[Any] = LM
+) -> dict[str, Any]:
+    """The inverse of `by_layer` for a model of this kind.
+
+    ValueError names a leaf that is missing, left over or of another shape.
+    """
+    known = shapes(config, kind)
     for name in known | flat:
         if name not in flat:
             raise ValueError(f"{name} is missing")
@@ -81,9 +86,9 @@ def from_layers(config: LMConfig, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf of `by_layer`."""
-    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+def shapes(config: BackboneConfig, kind: type[Any] = LM) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of `by_layer` for a model of this kind."""
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     flat = jax.eval_shape(functools.partial(by_layer, config), split(model)[1])
     return {name: leaf.shape for name, leaf in flat.items()}
 
@@ -100,7 +105,7 @@ def decayed(params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(applies, params)
 
 
-def rebalanced(config: LMConfig, params: dict[str, Any], load: Any) -> dict[str, Any]:
+def rebalanced(config: BackboneConfig, params: dict[str, Any], load: Any) -> dict[str, Any]:
     """The parameters after a step: biases of routers, where there are any, move against the load.
 
     `load` (layers with experts, experts) are shares of a step's assignments.

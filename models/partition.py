@@ -1,4 +1,4 @@
-"""Where a language model's parameters and states lie on a mesh: Megatron-LM's cut, and fsdp.
+"""Where a model's parameters and states lie on a mesh: Megatron-LM's cut, and fsdp.
 
 A projection into heads or hidden features is cut by columns over `tensor`, the one back by rows, so
 that a block exchanges activations once after its mixer and once after its MLP (arXiv:1909.08053).
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ..sharding import expert, rules
 from ..sharding.mesh import ROWS
 from .block import runs
-from .config import LMConfig
+from .config import BackboneConfig
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
@@ -57,7 +57,7 @@ STATES = (  # of every mixer, by what it calls its parts
 )
 
 
-def specs(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
+def specs(config: BackboneConfig, params: dict[str, Any]) -> dict[str, Any]:
     """A tree of PartitionSpecs like the parameters; a stack of blocks leads with its layers."""
 
     def one(path, _):
@@ -72,7 +72,7 @@ def specs(config: LMConfig, params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def shardings(config: LMConfig, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def shardings(config: BackboneConfig, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`specs` on a mesh. Raises ValueError for a size that does not divide over its axis."""
     stages = mesh.shape["pipe"]
     if config.pipeline[0] != stages:

@@ -107,7 +107,7 @@ def spread(where: NamedSharding, count: int, make: Callable[..., Any]) -> dict[s
     """A batch of `count` rows over a mesh; make(rows=slice) is asked for this process's rows only.
 
     The devices of one process may hold several spans of rows; each is made once, with all of its
-    time, which is cut here.
+    time, which is cut here. An array of rows alone lies as the rows do.
     """
 
     @functools.cache
@@ -125,7 +125,10 @@ def spread(where: NamedSharding, count: int, make: Callable[..., Any]) -> dict[s
     some = made(*index.indices(count)[:2])
     return {
         name: jax.make_array_from_callback(
-            (count, *x.shape[1:]), where, functools.partial(part, name), dtype=x.dtype
+            (count, *x.shape[1:]),
+            where if x.ndim > 1 else rows,
+            functools.partial(part, name),
+            dtype=x.dtype,
         )
         for name, x in some.items()
     }

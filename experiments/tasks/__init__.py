@@ -26,6 +26,8 @@ class Task(Protocol):
 
     unit: ClassVar[str]
     """What a batch's weight counts, in the plural."""
+    measure: ClassVar[str]
+    """What the loss is in, as `nats`."""
     rows: int
     """Rows of a batch."""
 
@@ -42,7 +44,10 @@ class Task(Protocol):
         ...
 
     def batches(self, seed: int, step: int, rows: slice = slice(None)) -> Batch:
-        """Some rows of the arrays of a step: a pure function, so resuming replays nothing."""
+        """Some rows of the arrays of a step: a pure function, so resuming replays nothing.
+
+        Arrays are (rows, time, ...), or (rows,) for what a row has one of.
+        """
         ...
 
     def init_state(self, model: Any) -> Any:
@@ -69,6 +74,10 @@ class Task(Protocol):
 
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Held-out metrics, `loss` among them; a fuller evaluation at the end of a run."""
+        ...
+
+    def examine(self, model: Any, folder: Path | None) -> dict[str, Any]:
+        """What `evaluate` measures besides: JSON, and pictures in a folder if there is one."""
         ...
 
     def report(self, model: Any, heldout: dict[str, float], run: str) -> str:

@@ -3,36 +3,30 @@
 import dataclasses
 import functools
 import math
-import os
-import shlex
-import sys
 from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
 from ...layers import router
-from ...models import LM, LMConfig, by_layer, decayed, from_layers, rebalanced
-from ...models.block import runs
-from ...models.partition import shardings, state_shardings
-from ...models.pattern import parse
-from ...sharding.schedule import PLAIN, Schedule
+from ...models import LM, LMConfig
 from .. import data as texts
 from ..order2 import order2_bits_per_byte
 from ..sampling import Choice, Generator
 from ..tokenizer import BYTES, Bytes
 from . import Batch, Metrics, Score
+from .base import ModelTask, next_commands
 
 
 @dataclasses.dataclass(frozen=True)
-class LMTask:
+class LMTask(ModelTask):
     """A decoder and the text that it learns."""
 
+    kind: ClassVar[type[LM]] = LM
     unit: ClassVar[str] = "tokens"
+    measure: ClassVar[str] = "nats"
 
     rows: int = 16
     """Sequences a step, all parts of an accumulated step together."""
@@ -72,20 +66,6 @@ class LMTask:
                 f"model.vocab={self.model.vocab}, but the corpus has {self.corpus.vocab} tokens"
             )
 
-    def on(self, over: Mesh, how: Schedule) -> "LMTask":
-        stages = over.shape["pipe"]
-        model = dataclasses.replace(self.model, pipeline=(stages, how.rounds))
-        runs(model)  # says whether the stages are alike
-        kinds = parse(model.pattern, model.depth)
-        for name, value in vars(how).items():
-            given = name.startswith("expert") and value != getattr(PLAIN, name)
-            if given and "moe" not in {kind.mlp for kind in kinds}:
-                raise ValueError(f"schedule.{name}={value}: pattern {model.pattern!r} has no moe")
-        return dataclasses.replace(self, model=model)
-
-    def build(self, rngs: nnx.Rngs) -> LM:
-        return LM(self.model, rngs=rngs)
-
     def batches(self, seed: int, step: int, rows: slice = texts.ALL) -> Batch:
         read = texts.streams if self.stream_state else texts.windows
         return read(self.corpus.train, seed, step, batch=self.rows, length=self.length, rows=rows)
@@ -110,9 +90,6 @@ class LMTask:
         added, figures = router.losses(self.model.moe.router, aux)
         metrics = {"loss": loss, "weight": weight} | figures
         return loss + added, (state if self.stream_state else None, metrics)
-
-    def settled(self, params: Any, metrics: Metrics) -> Any:
-        return rebalanced(self.model, params, metrics.get("moe_load"))
 
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Mean loss and bits per byte of held-out text, rows fresh or streaming as in training."""
@@ -150,21 +127,6 @@ class LMTask:
         data = dataclasses.replace(self.data, tokenizer=str(copy))
         return dataclasses.replace(self, data=data)
 
-    def decayed(self, params: Any) -> Any:
-        return decayed(params)
-
-    def shardings(self, params: Any, over: Mesh) -> Any:
-        return shardings(self.model, params, over)
-
-    def state_shardings(self, state: Any, over: Mesh) -> Any:
-        return state_shardings(state, over)
-
-    def by_layer(self, params: Any) -> dict[str, Any]:
-        return by_layer(self.model, params)
-
-    def from_layers(self, flat: dict[str, Any]) -> Any:
-        return from_layers(self.model, flat)
-
     def report(self, model: LM | None, heldout: dict[str, float], run: str) -> str:
         """A sample, what to type next, and last how well held-out text is predicted."""
         lines = []
@@ -178,16 +140,7 @@ class LMTask:
             drawn, _ = generator.generate(context, 250, Choice(temperature=0.8))
             lines += ["sample (held-out text >>> what the model makes of it):", ""]
             lines += [f"{tokenizer.decode(prompt)}>>>{tokenizer.decode(drawn[0])}", ""]
-        python = os.path.relpath(sys.executable)
-        python = sys.executable if python.startswith("..") else python
-        python, run = shlex.quote(python), shlex.quote(run)
-        lines += [
-            "try next:",
-            f"  {python} -m scanax.experiments.generate --checkpoint {run} --prompt 'def '",
-            f"  {python} -m scanax.experiments.evaluate --checkpoint {run}",
-            f"  {python} -m scanax.experiments.train --run {run} --resume --minutes 30",
-            "",
-        ]
+        lines += next_commands(run, "generate", "evaluate", "train")
         if "bits_per_byte" not in heldout:
             return "\n".join([*lines, f"held-out loss: {heldout['loss']:.3f} nats per token"])
         if isinstance(tokenizer, Bytes):

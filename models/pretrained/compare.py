@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ...layers.mamba import inner_width
-from ..config import LMConfig
+from ..config import BackboneConfig
 from ..pattern import parse
 
 # What says how training begins or goes on, how it is computed, or how arrays are kept.
@@ -17,8 +17,10 @@ OTHERWISE = frozenset(
 )
 
 
-def difference(first: LMConfig, second: LMConfig) -> str | None:
+def difference(first: BackboneConfig, second: BackboneConfig) -> str | None:
     """The first option in which they differ, as `name=value, not value`; None if in none."""
+    if type(first) is not type(second):
+        return f"{type(first).__name__}, not {type(second).__name__}"
     ours, theirs = _function(first), _function(second)
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
@@ -26,7 +28,7 @@ def difference(first: LMConfig, second: LMConfig) -> str | None:
     return None
 
 
-def _function(config: LMConfig) -> dict[str, Any]:
+def _function(config: BackboneConfig) -> dict[str, Any]:
     """Every option that counts, by name, with what None stands for."""
     kinds = parse(config.pattern, config.depth)
     groups = {kind.mixer for kind in kinds} | {"residual"}
@@ -58,7 +60,7 @@ def _flat(prefix: str, group: Any) -> dict[str, Any]:
     return found
 
 
-def _resolved(config: LMConfig, found: dict[str, Any]) -> dict[str, Any]:
+def _resolved(config: BackboneConfig, found: dict[str, Any]) -> dict[str, Any]:
     width, hidden, moe = config.width, config.mlp.width(config.width), config.moe
     values = {
         "mlp.hidden": hidden,
