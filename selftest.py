@@ -6,7 +6,8 @@ About a minute. Each line is one implementation of one operation on one kind of 
 errors of its values and gradients against the token recurrence in float64, or why it does not run
 here. On a CPU the kernels for TPUs also run interpreted, and with several devices each
 operation runs once with its sequence spread over all of them. Exit status 1 if an error is over its
-bar: 1e-5 for values and 1e-4 for gradients in float32, 0.005 in root mean square for bfloat16.
+bar: 1e-5 for values and 1e-4 for gradients in float32; in bfloat16, in root mean square, 0.005 and
+0.006.
 """
 
 import argparse
@@ -38,7 +39,7 @@ IMPLEMENTATIONS = {
 B, T, H, G, K = 2, 60, 4, 2, 64  # 60 tokens divide over 2 to 6 devices
 CHUNK = 16
 LOG_DECAYS = 0.0, -1e-4, -1.0, -30.0, -200.0
-BARS = {"float32": (1e-5, 1e-4), "bfloat16": (0.005, None)}
+BARS = {"float32": (1e-5, 1e-4), "bfloat16": (0.005, 0.006)}
 WIDE = ("state", "log_decay", "A", "D")  # never in less than float32
 DEFINITIONS = ("reference", "associative")  # in float32 only
 TPU_KERNELS = ("pallas_tpu", "megablox")
@@ -148,10 +149,8 @@ class Problem:
             return None
         return None
 
-    def errors(self, run: Callable, options: dict | None) -> tuple[float, float | None]:
-        """(of the values, of the gradients): the largest of any array; in float32 of both."""
-        if self.dtype != "float32":
-            return self.largest(jax.jit(lambda x: run(**x))(self.floats), self.answer[0]), None
+    def errors(self, run: Callable, options: dict | None) -> tuple[float, float]:
+        """(of the values, of the gradients): the largest of any array."""
         values, gradients = both(run, options)(self.floats, self.cotangents)
         return self.largest(values, self.answer[0]), self.largest(gradients, self.answer[1])
 
@@ -224,9 +223,9 @@ def run(only: str = "") -> int:
                     what = f"FAILED: {type(error).__name__}: {str(error).splitlines()[:1]}"
                     print(line.format(case[0], name, dtype, where, "-", "-", what), flush=True)
                     continue
-                sound = values <= value_bar and (gradients or 0) <= (gradient_bar or 0)
+                sound = values <= value_bar and gradients <= gradient_bar
                 failed += not sound
-                shown = (f"{values:.1e}", "-" if gradients is None else f"{gradients:.1e}")
+                shown = f"{values:.1e}", f"{gradients:.1e}"
                 verdict = "ok" if sound else f"OVER ITS BAR of {value_bar}, {gradient_bar}"
                 print(line.format(case[0], name, dtype, where, *shown, verdict), flush=True)
     print(f"{failed} over their bar; {time.monotonic() - begin:.0f} s")

@@ -123,7 +123,7 @@ def report(config: Benchmark) -> None:
     print(f"{about}\n{rates}")
     for op in config.ops:
         rows, said = compare(op, chosen[op](), config, device)
-        more = [] if lines else header(next(iter(rows.values())))
+        more = header(next(iter(rows.values()))) if rows and not lines else []
         more += [line(name, row) for name, row in rows.items()]
         said = [note for note in said if note not in notes]
         table, lines, notes = table | rows, lines + more, notes + said
@@ -148,24 +148,29 @@ def compare(
     def ready(name, run):
         with dispatch.record() as record:
             pair = [timing.compiled(f, problem.arguments) for f in (run, timing.both(run))]
+        for program in pair:  # once before anything is noted of it
+            wait(program(*problem.arguments))
         ran[name] = ", ".join(dict.fromkeys(who for _, who in record))
         temporaries[name] = pair[1].memory_analysis().temp_size_in_bytes / 1e6
         for i, program in enumerate(pair):
             call = functools.partial(program, *problem.arguments)
             calls[name, i] = functools.partial(timing.seconds, call, wait)
 
-    ready(op, problem.ours)
-    for which in config.implementations:
-        if which == ran[op]:
-            continue
+    def attempt(name, run, what):
         try:
-            ready(f"{op} {which}", functools.partial(problem.ours, implementation=which))
+            ready(name, run)
         except NotImplementedError as error:
-            said.append(f"{op} {which}: {error}")
+            said.append(f"{what}: {error}")
         except jax.errors.JaxRuntimeError as error:  # it does not fit this device, say
-            said.append(f"{op} {which}: {str(error).splitlines()[0]}")
+            said.append(f"{what}: {str(error).splitlines()[0]}")
+
+    attempt(op, problem.ours, op)
+    for which in config.implementations:
+        if which != ran.get(op):
+            run = functools.partial(problem.ours, implementation=which)
+            attempt(f"{op} {which}", run, f"{op} {which}")
     if config.baseline:
-        ready("", problem.plain)
+        attempt("", problem.plain, f"{op}, the plain one")
     for which in config.peers:
         try:
             peer = peers.prepare(which, op, problem.arguments)

@@ -27,7 +27,9 @@ DEVICES = {
     "TPU v5 lite": Device(197e12, 8.19e11),
     "TPU v5": Device(459e12, 2.765e12),
     "TPU v6 lite": Device(918e12, 1.64e12),
-    "NVIDIA H100": Device(989e12, 3.35e12),  # SXM
+    "NVIDIA H100 80GB HBM3": Device(989e12, 3.35e12),  # SXM
+    "NVIDIA H100 NVL": Device(835e12, 3.9e12),
+    "NVIDIA H100 PCIe": Device(756e12, 2.0e12),
     "NVIDIA H200": Device(989e12, 4.8e12),
 }
 

@@ -291,11 +291,18 @@ def read(file: Path) -> dict[str, int]:
 
 
 def write(file: Path, key: str, size: int) -> None:
-    """Set one entry; the file is at every moment whole."""
-    entries = dict(sorted({**read(file), key: size}.items()))
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(json.dumps(entries, indent=1))
-    os.replace(new, file)
+    """Set one entry; the file is at every moment whole, and others may write theirs meanwhile."""
+    import fcntl  # not on Windows, where no kernel is tuned
+
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        entries = dict(sorted({**read(file), key: size}.items()))
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(json.dumps(entries, indent=1))
+        os.replace(new, file)
+    finally:
+        os.close(folder)
     tuned.table.cache_clear()
 
 

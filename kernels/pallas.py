@@ -23,7 +23,7 @@ def no_tpu(*arrays: Any) -> str | None:
     here = target()
     if here.platform != "tpu":
         return f"it runs on TPUs, and this is {describe(here)}"
-    return wrong_dtype(arrays, (jnp.float32, jnp.bfloat16))
+    return empty(arrays) or wrong_dtype(arrays, (jnp.float32, jnp.bfloat16))
 
 
 def no_hopper(*arrays: Any) -> str | None:
@@ -31,12 +31,20 @@ def no_hopper(*arrays: Any) -> str | None:
     here = target()
     if here.platform != "gpu" or here.capability != HOPPER:
         return f"it runs on Hopper GPUs (H100, H200), and this is {describe(here)}"
-    return wrong_dtype(arrays, (jnp.bfloat16,))
+    return empty(arrays) or wrong_dtype(arrays, (jnp.bfloat16,))
 
 
 def describe(device: Target) -> str:
     """A device in an error's words."""
     return device.kind or device.platform
+
+
+def empty(arrays: Sequence[Any]) -> str | None:
+    """Why an array without elements will not do, or None: a grid has at least one step."""
+    for array in arrays:
+        if 0 in array.shape:
+            return f"it takes no empty arrays, as one of shape {array.shape}"
+    return None
 
 
 def wrong_dtype(arrays: Sequence[Any], allowed: Sequence[Any]) -> str | None:

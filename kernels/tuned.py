@@ -10,7 +10,7 @@ import contextvars
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -36,14 +36,27 @@ def key(op: str, implementation: str, kind: str, **features: object) -> str:
     return f"{op} | {implementation} | {kind} | {about}"
 
 
-def size(op: str, implementation: str, default: int, **features: object) -> int:
-    """The measured number of tokens on the device that calls are traced for, or the default."""
+def size(
+    op: str,
+    implementation: str,
+    default: int,
+    refuse: Callable[[int], str | None] = lambda number: None,
+    **features: object,
+) -> int:
+    """The measured number of tokens on the device that calls are traced for, or the default.
+
+    refuse(number) says why the implementation cannot take a number; ValueError if it is measured.
+    """
     entry, asked = key(op, implementation, target().kind, **features), _asked.get()
     if asked is not None:
         asked[entry] = default
     if jax.process_count() > 1 and not os.environ.get("SCANAX_TILES"):
         return default  # hosts of one program read one table or none
-    return table(path()).get(entry, default)
+    file = path()
+    number = table(file).get(entry, default)
+    if number != default and (reason := refuse(number)):
+        raise ValueError(f"{file} has {number} for {entry!r}, but {reason}; tune it anew")
+    return number
 
 
 @contextlib.contextmanager
@@ -62,9 +75,11 @@ def table(file: Path) -> dict[str, int]:
     """All entries of a file, read once a process; none if there is no file."""
     try:
         entries = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError:
+    except OSError as error:
+        raise ValueError(f"the tile sizes of {file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         entries = None
     if isinstance(entries, dict) and all(type(n) is int and n > 0 for n in entries.values()):
         return entries

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import checks
 from ..dispatch import Implementation, call
 from ..documents import starts
 from . import pallas_gpu, pallas_tpu, reference, xla
@@ -71,7 +72,7 @@ def attention(
         first,
         last,
         kv_index.astype(jnp.int32),
-        q.shape[3] ** -0.5 if scale is None else scale,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
         block,
         jnp.dtype(q.dtype if dtype is None else dtype),
     )
@@ -96,7 +97,8 @@ def attention_gradients(
     """What these keys contribute to the gradients to q, k and v, in the dtype of lse.
 
     The queries may have seen other keys too: `lse` is the log-sum-exp over all of them, and
-    `delta(y, dy, dlse)` is of the output over all of them. The other arguments are `attention`'s.
+    `delta(y, dy, dlse)` is of the output over all of them. The other arguments are `attention`'s;
+    kernels for Hopper have tiles of their own here, whatever the `block` of their forward is.
     """
     common = jnp.result_type(q, k, v)
     return call(
@@ -125,26 +127,28 @@ def visible(shape, causal, window, reset, q_index=None, q_start=None):
     first = jnp.zeros(shape, jnp.int32) if q_start is None else q_start.astype(jnp.int32)
     last = q_index.astype(jnp.int32) if causal else end
     if window is not None:
-        first = jnp.maximum(first, q_index.astype(jnp.int32) - (window - 1))
+        reach = min(window - 1, jnp.iinfo(jnp.int32).max)
+        first = jnp.maximum(first, q_index.astype(jnp.int32) - reach)
     return jnp.maximum(first, 0), last
 
 
 def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
     """Raise a ValueError that names the first argument that does not fit."""
+    checks.floats(q=(q, (4,)), k=(k, (4,)), v=(v, (4,)))
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"q {q.shape}, k {k.shape} and v {v.shape} differ in batch, length or heads"
         )
     if q.shape[1] == 0 or k.shape[1] == 0:
         raise ValueError(f"q {q.shape} and k {k.shape}: at least one token is needed in each")
+    if not q.shape[3]:
+        raise ValueError(f"q {q.shape} has no features; at least one is needed")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has {q.shape[3]} features and k {k.shape[3]}; they must be equal")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"k and v have {k.shape[2]} heads, which does not divide {q.shape[2]}")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}; it must be at least 1")
-    if block is not None and block < 1:
-        raise ValueError(f"block={block}; it must be at least 1")
+    checks.size("window", window)
+    checks.size("block", block)
     for name, x, shape in (
         ("reset", reset, q.shape[:2]),
         ("q_index", q_index, q.shape[:2]),

@@ -28,14 +28,20 @@ CORES = {"TPU v4": 2, "TPU v5p": 2, "TPU v5": 2}  # that share a program; one wh
 
 def refuse(q, k, v, block):
     """Why not, or None: a tile lies in VMEM, and what each worker does in scalar memory."""
-    most = _most(q, k, v)
-    if not most:
+    if not _most(q, k, v):
         return f"its tiles have 16 keys at least, which {k.shape[2]} groups are too many for"
-    if block is not None and (block % 16 or block > most):
-        return f"its tiles of this many groups are multiples of 16 keys up to {most}, not {block}"
+    if block is not None and (reason := _refuse(q, k, v, block)):
+        return reason
     steps = k.shape[0] * -(-k.shape[1] // _tile(q, k, v, block))
     if steps + k.shape[0] > STEPS:
         return f"it takes up to {STEPS} rows and tiles of keys, not {steps + k.shape[0]}"
+    return None
+
+
+def _refuse(q, k, v, block):
+    most = _most(q, k, v)
+    if block % 16 or block > most:
+        return f"its tiles of this many groups are multiples of 16 keys up to {most}, not {block}"
     return None
 
 
@@ -48,7 +54,8 @@ def _most(q, k, v):
 def _tile(q, k, v, block):
     default = min(TILE, _most(q, k, v))
     about = {"G": k.shape[2]} | tiles.features(q, v)
-    block = block or tuned.size("decode", "pallas_tpu", default, **about)
+    fits = partial(_refuse, q, k, v)
+    block = block or tuned.size("decode", "pallas_tpu", default, fits, **about)
     return min(block, -(-k.shape[1] // 16) * 16)
 
 

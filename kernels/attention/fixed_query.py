@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .. import checks
 from ..dispatch import Implementation, call
 from ..documents import isolate
 from ..monoid import LOWEST
@@ -49,7 +50,7 @@ def fixed_query(
     """
     check(q, k, v, state, reset, chunk)
     exact = jnp.promote_types(jnp.float32, jnp.result_type(q, k, v))
-    scale = q.shape[1] ** -0.5 if scale is None else scale
+    scale = q.shape[1] ** -0.5 if scale is None else float(scale)
     if state is None:
         u = jnp.zeros((k.shape[0], q.shape[0]), exact)
         state = jnp.full_like(u, LOWEST), u, jnp.zeros((*u.shape, v.shape[3]), exact)
@@ -67,6 +68,11 @@ def fixed_query(
 
 def check(q, k, v, state, reset, chunk):
     """Raise a ValueError that names the first shape that does not fit."""
+    checks.floats(q=(q, (2,)), k=(k, (4,)), v=(v, (4,)))
+    for name, x, axes in zip("muw", state or (), (2, 2, 3), strict=False):
+        checks.floats(**{f"state's {name}": (x, (axes,))})
+    if not q.shape[1]:
+        raise ValueError(f"q {q.shape} has no features; at least one is needed")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {k.shape} and v {v.shape} differ in batch, length or heads")
     if k.shape[1] == 0:
@@ -81,5 +87,4 @@ def check(q, k, v, state, reset, chunk):
         raise ValueError(f"state has shapes {tuple(x.shape for x in state)}, not {expected}")
     if reset is not None and reset.shape != k.shape[:2]:
         raise ValueError(f"reset has shape {reset.shape}, not {k.shape[:2]}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; it must be at least 1")
+    checks.size("chunk", chunk)

@@ -30,7 +30,11 @@ def refuse(q, k, v, *rest):
     *_, chunk = rest
     if reason := pallas.no_tpu(q, k, v):
         return reason
-    if chunk is not None and (chunk % LEAST or chunk > MOST):
+    return None if chunk is None else _refuse(chunk)
+
+
+def _refuse(chunk):
+    if chunk % LEAST or chunk > MOST:
         return f"its chunks are multiples of {LEAST} up to {MOST}, not {chunk}"
     return None
 
@@ -38,7 +42,8 @@ def refuse(q, k, v, *rest):
 def fixed_query(q, k, v, scale, state, reset, chunk):
     """The public function's arguments after its checks."""
     (time, groups), dtype = k.shape[1:3], jnp.result_type(q, k, v)
-    chunk = chunk or tuned.size("fixed_query", "pallas_tpu", CHUNK, **tiles.features(k, v))
+    about = tiles.features(k, v)
+    chunk = chunk or tuned.size("fixed_query", "pallas_tpu", CHUNK, _refuse, **about)
     size = min(chunk, -(-time // LEAST) * LEAST)
     padding = -time % size
 

@@ -57,20 +57,31 @@ def _refuse(q, k, v, scale, block):
             return f"its {name} widths are multiples of 64 up to {WIDEST}, not {width}"
     if not scale > 0:
         return f"its scale is positive, not {scale}"
-    if block is not None and block not in _blocks(k, v):
-        return f"its tiles are of {' or '.join(map(str, _blocks(k, v)))} keys, not {block}"
+    return None if block is None else _wrong(q, k, v, block)
+
+
+def _wrong(q, k, v, block):
+    if block not in _blocks(q, k, v):
+        return f"its tiles are of {' or '.join(map(str, _blocks(q, k, v)))} keys, not {block}"
     return None
 
 
-def _blocks(k, v):
+def _blocks(q, k, v):
     """Keys that a tile of the forward may hold: what fits the shared memory."""
+    if _decodes(q, k):
+        return (64,)
     return (64, 128) if k.shape[3] + v.shape[3] <= 256 else (64,)
+
+
+def _decodes(q, k):
+    return q.shape[1] == 1 and q.shape[2] <= MOST * k.shape[2]
 
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    default = _blocks(k, v)[-1]
-    block = block or tuned.size("attention", "pallas_gpu", default, **tiles.features(q, v))
+    default, about, fits = _blocks(q, k, v)[-1], tiles.features(q, v), partial(_wrong, q, k, v)
+    if not _decodes(q, k):
+        block = block or tuned.size("attention", "pallas_gpu", default, fits, **about)
     how = dispatch.target(), float(scale), jnp.dtype(dtype)
     return _attention((*how, block), q, k, v, first, last, kv_index)
 
@@ -89,7 +100,7 @@ def _attention(how, q, k, v, first, last, kv_index):
 
 def _forward(how, q, k, v, first, last, kv_index):
     (device, scale, dtype, block), time = how, q.shape[1]
-    if time == 1 and q.shape[2] <= MOST * k.shape[2]:
+    if _decodes(q, k):
         out = decode(device, scale, dtype, q, k, v, first, last, kv_index)
         return out, (q, k, v, first, last, kv_index, *out)
     bad = _unsound(k, v)

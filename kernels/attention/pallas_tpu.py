@@ -59,17 +59,22 @@ def _refuse(q, k, block):
     return None
 
 
+def _measured(q, k, v):
+    about = tiles.features(q, v)
+    return tuned.size("attention", "pallas_tpu", BLOCK, partial(_refuse, q, k), **about)
+
+
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
     if q.shape[1] > 1:
-        block = block or tuned.size("attention", "pallas_tpu", BLOCK, **tiles.features(q, v))
+        block = block or _measured(q, k, v)
     how = dispatch.target(), scale, block, jnp.dtype(dtype)
     return _attention(how, q, k, v, first, last, kv_index)
 
 
 def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     """What these keys contribute to the gradients to q, k and v; see `attention_gradients`."""
-    block = block or tuned.size("attention", "pallas_tpu", BLOCK, **tiles.features(q, v))
+    block = block or _measured(q, k, v)
     how = dispatch.target(), scale, block, jnp.dtype(jnp.float32)
     return _gradients(how, q, k, v, dy, lse, delta, first, last, kv_index)
 

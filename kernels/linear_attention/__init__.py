@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .. import checks
 from ..dispatch import Implementation, call
 from ..documents import isolate
 from . import pallas_gpu, pallas_tpu, reference, xla
@@ -43,6 +44,9 @@ def linear_attention(
     Raises ValueError for shapes that do not fit, NotImplementedError for an implementation that
     does not take the call.
     """
+    checks.floats(
+        q=(q, (4,)), k=(k, (4,)), v=(v, (4,)), log_decay=(log_decay, (1, 3, 4)), state=(state, (4,))
+    )
     heads = max(q.shape[2], k.shape[2], v.shape[2], log_decay.shape[2 * (log_decay.ndim > 1)])
     check(q, k, v, log_decay, heads, state, reset, chunk)
     dtype = jnp.result_type(q, k, v)
@@ -91,5 +95,4 @@ def check(q, k, v, log_decay, heads, state, reset, chunk):
         raise ValueError(f"state has shape {state.shape}, not {expected}")
     if reset is not None and reset.shape != q.shape[:2]:
         raise ValueError(f"reset has shape {reset.shape}, not {q.shape[:2]}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; it must be at least 1")
+    checks.size("chunk", chunk)

@@ -38,8 +38,12 @@ def refuse(q, k, v, log_decay, state, reset, chunk):
     del log_decay, reset
     if reason := pallas.no_tpu(q, k, v):
         return reason
+    return None if chunk is None else _refuse(state, chunk)
+
+
+def _refuse(state, chunk):
     most = max(CHUNK, min(256, NUMBERS // max(state.shape[2:])))
-    if chunk is not None and (chunk < LEAST or chunk > most or chunk & (chunk - 1)):
+    if chunk < LEAST or chunk > most or chunk & (chunk - 1):
         return f"its chunks are powers of two from {LEAST} to {most}, not {chunk}"
     return None
 
@@ -51,7 +55,8 @@ def linear_attention(q, k, v, log_decay, state, reset, chunk):
     q, k, v = (x.astype(common) for x in (q, k, v))
     if chunk is None:
         about = features(q, k, v, log_decay.ndim == 4)
-        chunk = tuned.size("linear_attention", "pallas_tpu", CHUNK, **about)
+        fits = partial(_refuse, state)
+        chunk = tuned.size("linear_attention", "pallas_tpu", CHUNK, fits, **about)
     size = min(chunk, max(LEAST, 1 << (T - 1).bit_length()))
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, T, heads))
@@ -268,8 +273,9 @@ def _backward_kernel(packed, q, k, v, log, before, dy, d_final, *refs):
     own = jnp.sum(jnp.where(c.eye, d_scores, 0), axis=1, keepdims=True)
     dq[...] = dq_inside + dq_start + own * c.k
     dk[...] = dk_inside + dk_end + own * c.q
-    given = c.only("last", c.k * c.to_end)
-    dv[...] = c.dot(c.scores(), dy, "ij,iv->jv") + c.dot(given, after, "jk,vk->jv")
+    # masked after the product: what overflowed in one document would make nan of another's zeros
+    dv_end = c.only("last", c.dot(c.k * c.to_end, after, "jk,vk->jv"))
+    dv[...] = c.dot(c.scores(), dy, "ij,iv->jv") + dv_end
     through = jnp.sum(c.whole * before * after, axis=0, keepdims=True)
     crossing = c.decay_pull(
         c.q * dq_inside - c.k * dk_inside, c.q * dq_start, c.k * dk_end, through

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .. import checks
 from ..dispatch import Implementation, call
 from . import pallas_gpu, pallas_tpu, reference, xla
 
@@ -49,6 +50,8 @@ def selective_scan(
 
 def check(u, delta, A, B, C, D, state, reset, chunk):
     """Raise a ValueError that names the first shape that does not fit."""
+    checks.floats(u=(u, (3,)), delta=(delta, (3,)), A=(A, (2,)), B=(B, (3,)), C=(C, (3,)))
+    checks.floats(D=(D, (1,)), state=(state, (3,)))
     batch, time, width = u.shape
     if time == 0:
         raise ValueError(f"u {u.shape} holds no token; at least one is needed")
@@ -64,5 +67,4 @@ def check(u, delta, A, B, C, D, state, reset, chunk):
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, not {shape}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; it must be at least 1")
+    checks.size("chunk", chunk)

@@ -1,7 +1,9 @@
 """What `tune` measures is what kernels then look up; nothing is asserted about time."""
 
 import json
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from scanax.experiments import tune
 from scanax.kernels import dispatch, linear_attention, tuned
-from support.targets import INTERPRETED, TPU
+from support.targets import HOPPER, INTERPRETED, TPU
 
 TINY = ("--batch", "1", "--heads", "2", "--length", "16", "--repeats", "1", "--widths", "8")
 TINY += ("--dtypes", "float32")
@@ -78,6 +80,68 @@ def test_a_kernel_for_tpus_is_tuned(file, capsys):
         written = json.loads(file.read_text())
         assert looked_up("decode", "pallas_tpu") == written
     assert written == {"decode | pallas_tpu | TPU v5 lite | G=2 K=8 V=8 dtype=float32": 256}
+
+
+@pytest.mark.parametrize("size", [1, 3, 48, 10**6])
+@pytest.mark.parametrize(
+    ("op", "device", "implementation"),
+    [
+        ("linear_attention", TPU, "pallas_tpu"),
+        ("attention", TPU, "pallas_tpu"),
+        ("decode", TPU, "pallas_tpu"),
+        ("fixed_query", TPU, "pallas_tpu"),
+        ("attention", HOPPER, "pallas_gpu"),
+    ],
+)
+def test_an_entry_that_a_kernel_cannot_take_is_refused(op, device, implementation, size, file):
+    """By the rule that holds for sizes that are named; else the numbers would be wrong."""
+    file.parent.mkdir()
+    kind = jnp.bfloat16 if device is HOPPER else jnp.float32
+    width = 64 if device is HOPPER else 8
+    case, *_ = tune.OPS[op](tune.Tune(batch=1, heads=2, length=64), width, kind)
+
+    def trace():
+        jax.eval_shape(tune.program(case, implementation, None), *case.arguments)
+
+    with dispatch.on(device):
+        with tuned.record() as asked:
+            trace()
+        (key,) = asked
+        tune.write(file, key, size)
+        if size == 48 and op != "linear_attention" and device is TPU:
+            trace()  # a multiple of 16
+            return
+        with pytest.raises(ValueError, match=rf"has {size} for '{re.escape(key)}', but its "):
+            trace()
+
+
+def write_many(file, name):
+    for size in range(1, 60):
+        tune.write(file, name, size)
+
+
+def test_two_that_tune_at_once_keep_each_others_entries(file):
+    file.parent.mkdir()
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write_many, args=(file, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert json.loads(file.read_text()) == {"a": 59, "b": 59}
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, None])
+def test_what_is_no_file_of_sizes_is_said_in_a_line(text, file):
+    if text is None:
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir()
+        file.write_text(text)
+    x = jnp.zeros((1, 16, 1, 8), jnp.float32)
+    with pytest.raises(ValueError, match=rf"{file} (is not a table|cannot be read)"):
+        linear_attention(x, x, x, jnp.zeros(1, jnp.float32))
 
 
 def test_the_next_process_uses_it(file):

@@ -283,6 +283,10 @@ WRONG = {
     "needs q_index": (q, kv, kv, {}),
     "window=0": (q, q, q, {"window": 0}),
     "block=0": (q, q, q, {"block": 0}),
+    "block='16'; it must be a whole": (q, q, q, {"block": "16"}),
+    "v is int32": (q, q, q.astype(np.int32), {}),
+    "it must have 4 axes": (q[0], q, q, {}),
+    "has no features": (q[..., :0], q[..., :0], q, {}),
     "reset has shape": (q, q, q, {"reset": jnp.zeros((2, 5), bool)}),
     "reset goes with": (q, kv, kv, {"reset": jnp.zeros((2, 4), bool)}),
 }

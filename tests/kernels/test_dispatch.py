@@ -60,6 +60,7 @@ TOO_MUCH = {
     "multiples of 16 tokens up to 512, not 8": lambda: attention_of((1, 4, 1, 8), (1, 4, 1, 8), 8),
     "up to 65536 tiles of all rows": lambda: attention_of((70_000, 2, 1, 8), (70_000, 2, 1, 8)),
     "multiples of 16 keys up to": lambda: attention_of((1, 1, 32, 128), (1, 512, 32, 128), 256),
+    "no empty arrays": lambda: attention_of((0, 4, 1, 8), (0, 4, 1, 8)),
     "up to 65536 rows and tiles": lambda: attention_of((65_536, 1, 1, 8), (65_536, 8, 1, 8)),
 }
 

@@ -181,13 +181,17 @@ def test_an_overflow_inside_stays_in_its_document(kind):
     assert not finite(result[0][0])[0, 11:17].any()
 
 
+@pytest.mark.parametrize("place", [11, 16])
 @pytest.mark.parametrize("kind", OPS)
-def test_an_overflow_of_the_backward_stays_in_its_document(kind):
-    """Of a cotangent that is finite, and so is all that the operation is given or gives."""
+def test_an_overflow_of_the_backward_stays_in_its_document(kind, place):
+    """Of a cotangent that is finite, and so is all that the operation is given or gives.
+
+    From token 16 it enters an earlier chunk of eight, which holds the end of another document.
+    """
     tokens, shared, state = draw(kind)
     dy, dstate = cotangents_of(kind)
-    tokens["C" if "selective" in kind else "q"][0, 11] = 1e20
-    dy[0, 11] = 1e20
+    tokens["C" if "selective" in kind else "q"][0, place] = 1e20
+    dy[0, place] = 1e20
     result = compiled(kind)(tokens, shared, state, (dy, dstate))
     only(kind, result, MIDDLE)
     assert not finite(result[1][0]["u" if "selective" in kind else "v"])[0, 9:12].any()

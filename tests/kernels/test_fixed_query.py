@@ -166,6 +166,9 @@ WRONG = {
     "state has shapes": (q, k, v, {"state": (m, m, m)}),
     "reset has shape": (q, k, v, {"reset": jnp.zeros((2, 5), bool)}),
     "chunk=0": (q, k, v, {"chunk": 0}),
+    "v is int32": (q, k, v.astype(np.int32), {}),
+    "it must have 2 axes": (q[0], k, v, {}),
+    "has no features": (q[:, :0], k[..., :0], v, {}),
 }
 
 

@@ -87,6 +87,10 @@ def arguments(**change):
         ({"state": np.zeros((2, 4, 3, 2))}, r"state has shape \(2, 4, 3, 2\), not \(2, 4, 3, 3\)"),
         ({"reset": np.zeros((2, 5), bool)}, r"reset has shape \(2, 5\), not \(2, 6\)"),
         ({"chunk": 0}, r"chunk=0; it must be at least 1"),
+        ({"chunk": "16"}, r"chunk='16'; it must be a whole number"),
+        ({"v": np.zeros((2, 6, 4, 3), np.int32)}, r"v is int32; it must be one of bfloat16, "),
+        ({"q": np.zeros((2, 6, 3))}, r"q has shape \(2, 6, 3\); it must have 4 axes"),
+        ({"log_decay": np.float32(0)}, r"log_decay has shape \(\); it must have 1 or 3 or 4 axes"),
         (dict.fromkeys("qkv", np.zeros((2, 0, 4, 3))), r"holds no token"),
     ],
 )

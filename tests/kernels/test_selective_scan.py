@@ -169,6 +169,7 @@ def test_memory_is_a_state_a_chunk():
         ({"state": (2, 2, 4)}, r"state has shape \(2, 2, 4\), not \(2, 4, 2\)"),
         ({"u": (2, 0, 4)}, "holds no token"),
         ({"chunk": 0}, "chunk=0; it must be at least 1"),
+        ({"u": (2, 3)}, r"u has shape \(2, 3\); it must have 3 axes"),
     ],
 )
 def test_wrong_arguments_are_named(unchecked, change, message):
