@@ -11,9 +11,12 @@ import tyro
 from ..sharding.schedule import Schedule
 from .launcher import Hosts
 from .optimizer import OptimizerConfig
+from .tasks.digits import DigitsTask
+from .tasks.events import EventsTask
+from .tasks.forecast import ForecastTask
 from .tasks.lm import LMTask
 
-TASKS = {"lm": LMTask}
+TASKS = {"lm": LMTask, "forecast": ForecastTask, "events": EventsTask, "digits": DigitsTask}
 T = TypeVar("T")
 
 

@@ -1,6 +1,7 @@
 """Whole networks, each from one frozen dataclass."""
 
 from .config import LMConfig, ResidualConfig
+from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS
@@ -10,6 +11,8 @@ __all__ = [
     "PRESETS",
     "LMConfig",
     "ResidualConfig",
+    "SeriesConfig",
+    "SeriesModel",
     "by_layer",
     "decayed",
     "from_layers",
