@@ -66,8 +66,8 @@ class SeriesConfig(BackboneConfig):
 class SeriesModel(Backbone):
     """y = output(norm(blocks(input(x) + position))): at every token, of all tokens up to it.
 
-    A state is {"blocks": the blocks' own, "position": int32 (B,)}; a token beyond the learned
-    positions reads nan, because a compiled function cannot raise.
+    A state is {"blocks": the blocks' own, "position": int32 (B,)}. A document with more tokens than
+    there are learned positions reads nan, because a compiled function cannot raise.
     """
 
     config: SeriesConfig
