@@ -181,7 +181,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_trained_measured_and_the_same_on_a_mesh(name, folder, capsys):
+def test_a_run_is_trained_and_measured(name, folder, capsys):
     assert train.main(args(name, folder / name)) == 0
     said = capsys.readouterr().out
     out = folder / f"{name} measured"
@@ -199,12 +199,18 @@ def test_a_run_is_trained_measured_and_the_same_on_a_mesh(name, folder, capsys):
         assert f"{100 * found['heldout']['accuracy']:.1f}%" in said
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"forecast": {"forecast.png"}, "events": {"events.png"}}.get(name, set())
-    mesh = ["--mesh", "data=2,seq=2,tensor=2"]
-    assert train.main([*args(name, folder / "mesh" / name), *mesh]) == 0
-    for one, other in zip(*map(metrics.read, (folder / name, folder / "mesh" / name)), strict=True):
-        for key in set(one) - {"seconds", "time", "learning_rate"}:
-            if "loss" in key or key == "gradient_norm":
-                assert other[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_three_steps_on_a_mesh_are_those_of_one_device(folder):
+    """Of digits, whose batches have arrays of rows alone, and whose loss is of one token."""
+    alone, spread = folder / "alone", folder / "spread"
+    assert train.main(args("digits", alone)) == 0
+    assert train.main([*args("digits", spread), "--mesh", "data=2,seq=2,tensor=2"]) == 0
+    for one, other in zip(*map(metrics.read, (alone, spread)), strict=True):
+        names = {"loss", "heldout_loss", "accuracy", "gradient_norm"} & one.keys()
+        assert "loss" in names
+        for name in names:
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
