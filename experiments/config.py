@@ -12,8 +12,9 @@ from ..sharding.schedule import Schedule
 from .launcher import Hosts
 from .optimizer import OptimizerConfig
 from .tasks.lm import LMTask
+from .tasks.recall import RecallTask
 
-TASKS = {"lm": LMTask}
+TASKS = {"lm": LMTask, "recall": RecallTask}
 T = TypeVar("T")
 
 
