@@ -15,8 +15,15 @@ from .tasks.digits import DigitsTask
 from .tasks.events import EventsTask
 from .tasks.forecast import ForecastTask
 from .tasks.lm import LMTask
+from .tasks.recall import RecallTask
 
-TASKS = {"lm": LMTask, "forecast": ForecastTask, "events": EventsTask, "digits": DigitsTask}
+TASKS = {
+    "lm": LMTask,
+    "recall": RecallTask,
+    "forecast": ForecastTask,
+    "events": EventsTask,
+    "digits": DigitsTask,
+}
 T = TypeVar("T")
 
 

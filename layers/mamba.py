@@ -47,6 +47,9 @@ class MambaConfig:
     FalconMamba), or with (weighted, as in Jamba)."""
     norm_eps: float = 1e-6
     """Added to the mean square in those norms."""
+    selective: bool = True
+    """Whether dt, B and C are functions of the input; without, they are learned constants and the
+    scan is a convolution: the time-invariant ablation of the paper."""
 
 
 class Mamba(nnx.Module):
@@ -54,6 +57,8 @@ class Mamba(nnx.Module):
 
     dt = softplus(W_up W_down u + bias) for each channel; A is negative and real. Initialised as
     the released code: A_n = -n, D = 1, the output projection divided by sqrt(residual branches).
+    Not selective: dt = softplus(bias), B and C are vectors (N,), at first 1 and normal as in S4D
+    (arXiv:2206.11893).
     """
 
     def __init__(
@@ -66,6 +71,11 @@ class Mamba(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if not config.selective and (config.norm != "none" or config.dt_rank is not None):
+            raise ValueError(
+                f"norm={config.norm!r}, dt_rank={config.dt_rank} with selective=False, where no "
+                "projection makes dt, B and C; leave them out"
+            )
         self.config, self.dtype = config, dtype
         inner, size = inner_width(config, width), config.state
         rank = config.dt_rank or math.ceil(width / 16)
@@ -77,9 +87,13 @@ class Mamba(nnx.Module):
 
         self.x, self.z = (linear(width, inner, config.bias), linear(width, inner, config.bias))
         self.conv = ShortConv(inner, config.conv, config.conv_bias, **kinds)
-        self.dt_down = linear(inner, rank)
-        self.B, self.C = linear(inner, size), linear(inner, size)
-        self.dt_up = linear(rank, inner)
+        if config.selective:
+            self.dt_down = linear(inner, rank)
+            self.B, self.C = linear(inner, size), linear(inner, size)
+            self.dt_up = linear(rank, inner)
+        else:
+            self.B_constant = nnx.Param(jnp.ones(size, param_dtype))
+            self.C_constant = nnx.Param(rngs.params.normal((size,), param_dtype))
         self.dt_bias = nnx.Param(dt_bias(config, inner, param_dtype, rngs))
         rates = jnp.log(jnp.arange(1, size + 1, dtype=param_dtype))
         self.A_log = nnx.Param(jnp.broadcast_to(rates, (inner, size)) + 0)
@@ -99,19 +113,27 @@ class Mamba(nnx.Module):
         _, u, z = columns(x, self.x, self.z)
         u, window = self.conv(u, window, reset)
         u = jax.nn.silu(u)
-        dt, B, C = self._normed(self.dt_down(u), self.B(u), self.C(u))
+        dt, B, C = self._selected(u) if self.config.selective else self._constants(u)
         exact = jnp.promote_types(jnp.float32, self.dtype)
-        delta = jax.nn.softplus(self.dt_up(dt).astype(exact) + self.dt_bias[...].astype(exact))
+        delta = jax.nn.softplus(dt.astype(exact) + self.dt_bias[...].astype(exact))
         A = -jnp.exp(self.A_log[...].astype(exact))
         y, h = selective_scan(u, delta, A, B, C, D=self.D[...], state=h, reset=reset)
         return rows(self.out, y * jax.nn.silu(z)), {"conv": window, "S": h}
 
-    def _normed(self, dt, B, C):
-        if self.config.norm == "none":
-            return dt, B, C
+    def _selected(self, u):
+        dt, B, C = self.dt_down(u), self.B(u), self.C(u)
         if self.config.norm == "weighted":
-            return self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
-        return (rms_norm(v, self.config.norm_eps).astype(v.dtype) for v in (dt, B, C))
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
+        elif self.config.norm == "plain":
+            dt, B, C = (rms_norm(v, self.config.norm_eps).astype(v.dtype) for v in (dt, B, C))
+        return self.dt_up(dt), B, C
+
+    def _constants(self, u):
+        B, C = (
+            jnp.broadcast_to(v[...].astype(u.dtype), (*u.shape[:2], *v.shape))
+            for v in (self.B_constant, self.C_constant)
+        )
+        return jnp.zeros_like(u), B, C
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
         """The state before any token; its size does not depend on `max_length`."""

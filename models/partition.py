@@ -30,6 +30,7 @@ RULES = (
     (r"gla\.decay_up\.bias", WITHIN),
     (r"mamba\.((dt_down|B|C)\.kernel|A_log)", P(BOTH)),
     (r"mamba\.dt_up\.kernel", P(None, BOTH)),
+    (r"mamba\.(B|C)_constant", EVERYWHERE),
     (r"mamba2\.(B|C)\.kernel", P("fsdp")),
     (r"mamba2\.(B|C)\.bias", EVERYWHERE),
     (r"mamba2?\.(A_log|D|dt_bias|scale)", WITHIN),

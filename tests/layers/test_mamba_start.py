@@ -1,5 +1,6 @@
 """Mamba's and Mamba-2's initial values are those that were published, and their options work."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from flax import nnx
 from scanax.layers.depth import Depth
 from scanax.layers.mamba import Mamba, MambaConfig
 from scanax.layers.mamba2 import Mamba2, Mamba2Config
+from support.compare import close
 
 WIDTH, BRANCHES = 256, 16
 
@@ -82,6 +84,35 @@ def test_norms_take_the_scale_out_of_dt_B_and_C(norm):
             after = run(model, x)
             assert jnp.abs(after - before).max() > 0.1 * jnp.abs(before).max(), role
             before = after
+
+
+def test_without_selection_it_is_a_convolution_with_a_fixed_kernel():
+    """out = W(silu(z) (u * k)), k_j = sum_n C_n exp(j dt A_n) dt B_n, and D at j = 0 besides."""
+    config = MambaConfig(state=4, dt_min=0.1, dt_max=1.0, selective=False)
+    model = Mamba(8, config, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 11, 8))
+    p = jax.tree.map(lambda v: np.asarray(v, np.float64), nnx.to_pure_dict(nnx.state(model)))
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def convolved(u, kernel):  # (B, T, D), (J, D)
+        spans = (kernel[j] * u[:, : u.shape[1] - j] for j in range(min(len(kernel), u.shape[1])))
+        return sum(np.pad(s, ((0, 0), (u.shape[1] - s.shape[1], 0), (0, 0))) for s in spans)
+
+    u = convolved(x @ p["x"]["kernel"], p["conv"]["kernel"][::-1]) + p["conv"]["bias"]
+    dt, A = np.log1p(np.exp(p["dt_bias"])), -np.exp(p["A_log"])
+    powers = np.exp(np.arange(11)[:, None, None] * dt[:, None] * A)  # (J, D, N)
+    kernel = np.einsum("n,jdn,d,n->jd", p["C_constant"], powers, dt, p["B_constant"])
+    kernel[0] += p["D"]
+    y = convolved(silu(u), kernel) * silu(x @ p["z"]["kernel"])
+    close(model(jnp.asarray(x, jnp.float32))[0], y @ p["out"]["kernel"], 1e-5)
+
+
+@pytest.mark.parametrize("option", [{"norm": "plain"}, {"dt_rank": 2}])
+def test_without_selection_nothing_makes_dt_B_and_C(option, unchecked):
+    with pytest.raises(ValueError, match=r"with selective=False, where no projection makes"):
+        Mamba(8, MambaConfig(selective=False, **option), rngs=nnx.Rngs(0))
 
 
 def test_mamba2_clamps_its_steps():

@@ -22,6 +22,7 @@ MIXERS = {
     "lightning": (Lightning, LightningConfig(heads=2, lrpe_layers=2)),
     "mamba": (Mamba, MambaConfig(state=4)),
     "jamba": (Mamba, MambaConfig(state=4, dt_rank=3, norm="weighted", bias=True)),
+    "time-invariant": (Mamba, MambaConfig(state=4, selective=False)),
     "mamba2": (Mamba2, Mamba2Config(head_width=8, groups=2, state=4)),
     "aaren": (Aaren, AarenConfig(heads=2)),
     "attention": (Attention, AttentionConfig(heads=4, kv_heads=2, bias=True)),

@@ -127,7 +127,7 @@ def test_every_option_has_its_place():
         attention=AttentionConfig(heads=4, bias=True, out_bias=True),
         lightning=LightningConfig(norm_scale=True),
     )
-    every = [biased]
+    every = [biased, dataclasses.replace(ALL, mamba=MambaConfig(selective=False))]
     for kind in ROUTERS.keys() - {"expert-choice"}:
         moe = MoEConfig(router=RouterConfig(kind=kind), shared=8, shared_gate=True)
         every.append(dataclasses.replace(biased, depth=1, pattern="gla+moe", moe=moe))

@@ -1,0 +1,25 @@
+"""Induction heads, trained at 256 tokens and read up to 8192: `evaluate` draws the curve.
+
+    python -m scanax.experiments.train --preset recall-induction
+    python -m scanax.experiments.evaluate --checkpoint runs/recall-induction
+
+FIGURES
+"""
+
+from scanax.experiments.config import TrainConfig
+from scanax.experiments.optimizer import OptimizerConfig
+from scanax.experiments.tasks.recall import RecallTask
+from scanax.models import LMConfig
+
+config = TrainConfig(
+    task=RecallTask(
+        problem="induction",
+        rows=32,
+        length=256,
+        items=1,
+        model=LMConfig(vocab=16, width=64, depth=2, pattern="mamba", init_std=0.125),
+    ),
+    steps=3000,
+    validate_every=500,
+    optimizer=OptimizerConfig(rate=2e-3, warmup=20),
+)
