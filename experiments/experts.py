@@ -35,7 +35,7 @@ LINKS = {
     "TPU v5 lite": (200e9, 1e-6),
     "TPU v5": (600e9, 1e-6),
     "TPU v6 lite": (448e9, 1e-6),
-    "NVIDIA H100": (450e9, 5e-6),
+    "NVIDIA H100 80GB HBM3": (450e9, 5e-6),
     "NVIDIA H200": (450e9, 5e-6),
 }
 MACHINES = {kind: Machine(bounds.DEVICES[kind].flops, *link) for kind, link in LINKS.items()}

@@ -129,6 +129,7 @@ def test_what_is_published_of_a_device():
     """Of its own kind, not of one whose name begins alike; of no other is anything assumed."""
     kinds = {
         "NVIDIA H100 80GB HBM3": 3.35e12,
+        "NVIDIA H100 PCIe": 2.0e12,
         "NVIDIA H200": 4.8e12,
         "TPU v5 lite": 8.19e11,
         "TPU v5p": 2.765e12,

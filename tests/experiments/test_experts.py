@@ -76,7 +76,7 @@ def test_what_is_published_of_a_device(monkeypatch):
 
     assert found("TPU v5 lite") == experts.MACHINES["TPU v5 lite"]
     assert found("TPU v5") == found("TPU v5p") == experts.MACHINES["TPU v5"]
-    assert found("NVIDIA H100 80GB HBM3") == experts.MACHINES["NVIDIA H100"]
+    assert found("NVIDIA H100 80GB HBM3") == experts.MACHINES["NVIDIA H100 80GB HBM3"]
     assert found("cpu") is None
     assert found("TPU v4", latency_us=9.0) == experts.MACHINES["TPU v4"]._replace(latency=9e-6)
     assert found("TPU v4", link_gbs=1.0) == experts.MACHINES["TPU v4"]._replace(link=1e9)
