@@ -7,6 +7,7 @@ with rotary positions, and Mamba with one block of attention among its seven.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -50,6 +51,11 @@ def parameters(config: LMConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
+def model(given: Sequence[str]) -> LMConfig:
+    """The model that flags of `train` make."""
+    return flags.train(["--run", "runs", *given]).task.model
+
+
 def hidden(config: LMConfig, wanted: int) -> int:
     """The width of the MLPs, a multiple of 8, at which a model is nearest to so many parameters."""
 
@@ -57,8 +63,8 @@ def hidden(config: LMConfig, wanted: int) -> int:
         mlp = dataclasses.replace(config.mlp, hidden=width)
         return parameters(dataclasses.replace(config, mlp=mlp))
 
-    least, each = at(8), at(16) - at(8)
-    return 8 + 8 * max(0, round((wanted - least) / each))
+    least, next_ = at(8), at(16)
+    return 8 + 8 * max(0, round((wanted - least) / (next_ - least)))
 
 
 def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
@@ -66,7 +72,7 @@ def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
     common, wanted, found = COMMON + (SMALL if small else ""), None, {}
     for name, own in MODELS.items():
         given = [*common.split(), *own.split()]
-        config = flags.train(["--run", "runs", *given]).task.model
+        config = model(given)
         if wanted is not None and "glu" in config.pattern:
             width = hidden(config, wanted)
             given += ["--model.mlp.hidden", str(width)]
@@ -75,7 +81,9 @@ def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
         count = parameters(config)
         wanted = wanted or count
         if not small and abs(count / wanted - 1) > WITHIN:
-            raise ValueError(f"{name} has {count:,} parameters, not within 3 % of {wanted:,}")
+            raise ValueError(
+                f"{name} has {count:,} parameters, not within {WITHIN:.1%} of {wanted:,}"
+            )
         found[name] = tuple(given)
     return found
 
