@@ -30,7 +30,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
         for label, points in panel.lines.items():
             number = labels.index(label)
             # later ones are smaller and thinner, so that of two that coincide both are seen
-            size = 7 - 4 * number / max(len(labels) - 1, 1)
+            size = 7 - 3 * number / max(len(labels) - 1, 1)
             xs, ys = [point[0] for point in points], [point[1] for point in points]
             handles[label] = axes.errorbar(
                 xs,
@@ -39,7 +39,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
                 color=f"C{number}",
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=size,
-                linewidth=size / 3,
+                linewidth=size / 3.5,
                 capsize=2,
             )
         if panel.powers:

@@ -70,7 +70,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("reproduce: stopped; the results of before are as they were", file=sys.stderr)
+        print("reproduce: stopped; the same command goes on with runs that train", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -82,7 +82,7 @@ def run(setting: Setting) -> Measured:
         for mixer in mixers:
             config = LMConfig(vocab=256, width=width, depth=depth, pattern=f"{mixer}+swiglu")
             models[mixer] = decoder(config)
-        bar = tqdm.tqdm(contexts, desc="decode: contexts", disable=None)
+        bar = tqdm.tqdm(contexts, desc="decode: contexts")
         for context in bar:
             found |= at(models, context, steps, setting.seeds)
     rows = [[mixer, n, *found[mixer, n]] for mixer in mixers for n in contexts]

@@ -26,7 +26,7 @@ MODELS = {
     "TransNormerLLM": "--model.pattern lightning+glu --model.norm simple --model.embed-scale",
     "Aaren": "--model.pattern aaren+swiglu",
     "attention": "--model.pattern attention+swiglu",
-    "Mamba, attention": "--model.pattern mamba+none*3,attention+swiglu --model.depth 7",
+    "Mamba + attention": "--model.pattern mamba+none*3,attention+swiglu --model.depth 7",
 }
 ROWS, LENGTH, STEPS, POINTS = 8, 128, 600, 12  # points of a curve, evenly spaced
 COMMON = (
@@ -122,7 +122,7 @@ def run(setting: Setting) -> Measured:
 
 
 def short(name: str) -> str:
-    return name.lower().replace(", ", "-")
+    return name.lower().replace(" + ", "-")
 
 
 def curve(folders: list[Path]) -> list[list[float]]:

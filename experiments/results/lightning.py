@@ -92,7 +92,7 @@ def size(program):
 
 def run(setting: Setting) -> Measured:
     lengths, tokens = ([32], 64) if setting.small else (LENGTHS, TOKENS)
-    bar = tqdm.tqdm(lengths, desc="lightning: lengths", disable=None)
+    bar = tqdm.tqdm(lengths, desc="lightning: lengths")
     with timing.one_core():
         found = [row for length in bar for row in at(length, tokens, setting.seeds)]
     rows = sorted(found, key=lambda row: list(FORMS).index(row[0]))
