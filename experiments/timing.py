@@ -1,14 +1,17 @@
-"""Seconds of a call and of its gradient, and medians of calls that take turns."""
+"""Seconds of a call and of its gradient, medians of calls that take turns, and one core."""
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 WINDOW, MOST = 0.01, 100  # seconds that quick calls are repeated for, and how often at most
+CHOOSES = hasattr(os, "sched_setaffinity")
 
 
 def both(run: Callable) -> Callable:
@@ -57,3 +60,31 @@ def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dic
         for name, call in calls.items():
             spent[name].append(call())
     return {name: 1e3 * statistics.median(times) for name, times in spent.items()}
+
+
+@contextlib.contextmanager
+def one_core(which: int = -1) -> Iterator[None]:
+    """Keeps this thread on one of the cores it may use, with the threads and processes it begins.
+
+    JAX's own threads are among them where its first computation is yet to come. Where cores cannot
+    be chosen (macOS) nothing is done.
+    """
+    if not CHOOSES:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[which]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def available() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if CHOOSES else os.cpu_count() or 1
+
+
+def cores() -> int:
+    """How many cores a computation within `one_core` has."""
+    return 1 if CHOOSES else available()

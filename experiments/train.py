@@ -2,7 +2,8 @@
 
 With --from DIR it begins with the weights of a published checkpoint, or of another run.
 
-In the run's folder: config.json, one folder a checkpoint, metrics.jsonl, tensorboard, loss.png.
+In the run's folder: config.json, one folder a checkpoint, metrics.jsonl, tensorboard, loss.png and,
+once the run is at its end, final.json.
 """
 
 import os
@@ -178,9 +179,7 @@ def train(run: Run) -> None:
     board = metrics.start_wandb(config)  # first, for it may fail
     texts = {"config.json": json.dumps(to_json(config), indent=2), **task.files()}
     for name, text in texts.items() if hosts.first() else ():
-        new = config.folder / f"{name}.new"
-        new.write_text(text, "utf-8")
-        os.replace(new, config.folder / name)  # whole, or the one of before
+        write(config, name, text)
     saver = Saver(
         config.folder,
         to_json(config),
@@ -224,6 +223,13 @@ def train(run: Run) -> None:
             print(f"stopped; {at}", file=sys.stderr)
 
 
+def write(config: TrainConfig, name: str, text: str) -> None:
+    """A file of the run's folder: whole, or the one of before."""
+    new = config.folder / f"{name}.new"
+    new.write_text(text, "utf-8")
+    os.replace(new, config.folder / name)
+
+
 def spread(run: Run, rows: Rows) -> dict[str, jax.Array]:
     """A batch over the mesh, of which this process makes its own rows."""
     return mesh.spread(run.program.rows, run.config.task.rows, rows)
@@ -255,13 +261,16 @@ def save(run: Run, saver: Saver, recorder: metrics.Recorder, heldout: float | No
 
 
 def finish(run: Run) -> None:
-    """Evaluate, draw the loss curve and print what the task has to say."""
+    """Evaluate, write final.json, draw the loss curve and print what the task has to say."""
     config, task = run.config, run.config.task
     if hosts.first():
         print("the last evaluation on held-out data", file=sys.stderr, flush=True)
     heldout = task.evaluate(partial(score, run), final=True)
     if not hosts.first():
         return
+    sizes = sum(x.size for x in jax.tree.leaves(run.state["params"]))
+    about = {"step": run.step, "seconds": run.seconds, "parameters": sizes}
+    write(config, "final.json", json.dumps(about | heldout))
     if config.plot:
         print(f"\nloss curve: {plot.loss_curve(config.folder, task.measure, task.unit)}")
     model = None if hosts.several() else run.program.model(run.state, task)

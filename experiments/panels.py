@@ -1,0 +1,57 @@
+"""A picture of several panels that share their lines' labels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+MARKERS = "osD^vPXd<>"
+
+
+class Panel(NamedTuple):
+    """One pair of axes; a point of a line is (x, y), or (x, y, spread of y)."""
+
+    title: str
+    x: str
+    """What the horizontal axis is, with its unit."""
+    y: str
+    lines: dict[str, list[tuple[float, ...]]]
+    powers: bool = False
+    """Whether x goes by powers of two and y by powers of ten, rather than both evenly."""
+
+
+def draw(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels side by side, over one legend."""
+    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
+
+    figure = Figure(figsize=(5 * len(panels) + 1, 4.8), dpi=150, layout="constrained")
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+    handles = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, points in panel.lines.items():
+            number = labels.index(label)
+            # later ones are smaller and thinner, so that of two that coincide both are seen
+            size = 7 - 3 * number / max(len(labels) - 1, 1)
+            xs, ys = [point[0] for point in points], [point[1] for point in points]
+            handles[label] = axes.errorbar(
+                xs,
+                ys,
+                [point[2] for point in points] if points and len(points[0]) > 2 else None,
+                color=f"C{number}",
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=size,
+                linewidth=size / 3.5,
+                capsize=2,
+            )
+        if panel.powers:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+        axes.grid(alpha=0.3)
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=4)
+    figure.savefig(path, format="png")
+
+
+def short(x: float) -> str:
+    """`256`, `1k`, `64k`: a power of two."""
+    return f"{x:,.0f}" if x < 1024 else f"{x / 1024:,.0f}k"

@@ -1,0 +1,180 @@
+"""Measure claims anew: each writes its figures, its plot, and its part of docs/results.md.
+
+python -m scanax.experiments.reproduce --list
+python -m scanax.experiments.reproduce lightning decode
+python -m scanax.experiments.reproduce language --jobs 2
+
+Runs that train are kept in runs/results/NAME: when stopped, the same command goes on with them.
+"""
+
+import os
+import sys
+
+if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # this folder's files must not shadow installed libraries
+
+import dataclasses
+import datetime
+import json
+import platform
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from scanax.experiments import flags, results, sections, timing
+from scanax.experiments.results import Measured, Setting
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RUNS = Path("runs/results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Measure claims anew."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """What to measure; --list says what there is."""
+    show: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Print the name and the claim of each, and measure nothing."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Everything is measured once with each."""
+    jobs: int = 1
+    """Runs of `train` at a time, a core each."""
+    small: bool = False
+    """Sizes that take seconds: to see that all of it runs. The figures mean nothing; give --out."""
+    redraw: bool = False
+    """Measure nothing: write plot and text anew from the figures of before."""
+    out: Path | None = None
+    """The folder of results.md, whose folder `results` has the figures and plots (docs)."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """0: done. 2: something given is wrong. 1: stopped, and nothing of before is lost."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        args = sys.argv[1:] if args is None else args
+        config = flags.parse(Reproduce, None, args, "reproduce", __doc__ or "")
+        if config.show:
+            for name in results.names():
+                print(f"{name}: {results.find(name).claim}")
+            return 0
+        check(config)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # runs that train are told too
+        for name in config.names:
+            reproduce(name, config)
+    except (ValueError, OSError) as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("reproduce: stopped; the same command goes on with runs that train", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def check(config: Reproduce) -> None:
+    """Raise a ValueError that names the first flag that cannot be, or what results.md lacks."""
+    if not config.names:
+        raise ValueError(f"name what to measure: {', '.join(results.names())}; or --list")
+    for name in config.names:
+        results.find(name)
+        if config.redraw and not figures(config, name).exists():
+            raise ValueError(f"--redraw: there is no {figures(config, name)}")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f"--seeds {config.seeds}: one or more are needed, each once, from 0 up")
+    if not 1 <= config.jobs <= timing.available():
+        raise ValueError(
+            f"--jobs {config.jobs}: from 1 to the {timing.available()} cores there are"
+        )
+    if config.small and config.out is None:
+        raise ValueError("--small measures nothing: name another place for it with --out DIR")
+    folder = config.out or DOCS
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; name one with --out DIR")
+    sections.spans(text(folder), [sections.SUMMARY, *results.names()])
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("the package matplotlib is missing: pip install 'scanax[train]'") from None
+
+
+def text(folder: Path) -> str:
+    path = folder / "results.md"
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def figures(config: Reproduce, name: str) -> Path:
+    return (config.out or DOCS) / "results" / f"{name}.json"
+
+
+def reproduce(name: str, config: Reproduce) -> None:
+    """Measure, draw and write one; whatever fails before the end leaves what was there."""
+    experiment, file = results.find(name), figures(config, name)
+    if config.redraw:
+        measured = json.loads(file.read_text("utf-8")) | {"claim": experiment.claim}
+    else:
+        print(f"{name}: {experiment.claim}", file=sys.stderr, flush=True)
+        measured = measure(name, config)
+    file.parent.mkdir(exist_ok=True)
+    picture = file.with_suffix(".png")
+    experiment.draw(measured, picture.with_name(f"{picture.name}.new"))
+    os.replace(picture.with_name(f"{picture.name}.new"), picture)
+    # a line a row, so that a changed figure is a changed line
+    lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
+    write(file, lines + "\n")
+    there = [(file.parent / f"{other}.json") for other in results.names()]
+    every = [json.loads(path.read_text("utf-8")) for path in there if path.exists()]
+    folder = file.parent.parent
+    write(folder / "results.md", sections.updated(text(folder), every, results.names()))
+    print(f"{name}: {measured['found']}\n{folder / 'results.md'}")
+
+
+def measure(name: str, config: Reproduce) -> Measured:
+    """What an experiment finds, and on what, when and by what it was found."""
+    experiment, begun = results.find(name), time.monotonic()
+    kept = config.out / "runs" / name if config.small and config.out else RUNS / name
+    found = experiment.run(Setting(config.seeds, config.small, config.jobs, kept))
+    return {
+        "name": name,
+        "claim": experiment.claim,
+        "command": command(name, config),
+        "machine": machine(config.jobs),
+        "seconds": round(time.monotonic() - begun),
+        "date": str(datetime.date.today()),
+        "seeds": list(config.seeds),
+    } | found
+
+
+def command(name: str, config: Reproduce) -> str:
+    """What to type for the same figures; --jobs and --out do not change them."""
+    seeds = () if config.seeds == Reproduce.seeds else ("--seeds", *map(str, config.seeds))
+    small = ("--small", "--out", "DIR") if config.small else ()
+    return " ".join(["python -m scanax.experiments.reproduce", name, *seeds, *small])
+
+
+def machine(jobs: int) -> str:
+    """`AMD EPYC 9554, 1 core, jax 0.10.2`; other devices than the CPU by their kind."""
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (model := re.search(r"model name\s*: (.*)", info.read_text("utf-8"))):
+        cpu = model[1]
+    count, device = timing.cores(), jax.devices()[0]
+    what = f"{cpu}, {count} core" + "s" * (count > 1)
+    what += f" each for {jobs} runs at a time" if jobs > 1 else ""
+    what += f", {device.device_kind}" if device.platform != "cpu" else ""
+    return f"{what}, jax {jax.__version__}"
+
+
+def write(path: Path, content: str) -> None:
+    """The whole file, or the one of before."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(content, "utf-8")
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""A recurrent mixer's token costs one time and one state at every context (arXiv:2307.08621).
+
+RetNet's O(1) decoding, of every mixer here, Aaren (arXiv:2405.13956) among them, beside softmax
+attention, whose cache grows. A model of each reads random tokens up to a context less what is
+timed, then decodes to that context, a call a token, the state donated.
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+from flax import nnx
+
+from ...models import LM, LMConfig, merge, split
+from ...models.pattern import MIXERS
+from .. import panels, timing
+from ..trained import mean_and_spread
+from . import Experiment, Measured, Setting
+
+CONTEXTS = [2**n for n in range(6, 16)]
+WIDTH, DEPTH = 256, 4
+STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
+ROUNDS = 3  # of such rows, for each seed
+COLUMNS = ["mixer", "context (tokens)", "time (ms/token)", "spread (ms/token)", "state (kB)"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model's variables, its step, and its state after a context."""
+
+    variables: Any
+    step: Any
+    """Compiled: (variables, tokens, state) -> (next tokens, state); the state is donated."""
+
+    def seconds(self, token: Any, state: Any, steps: int) -> float:
+        """Of a token, in a row of `steps` from this state, which stays."""
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        begun = time.perf_counter()
+        for _ in range(steps):
+            token, state = self.step(self.variables, token, state)
+        jax.block_until_ready((token, state))
+        return (time.perf_counter() - begun) / steps
+
+
+def decoder(config: LMConfig) -> tuple[LM, Decoder]:
+    model = LM(config, rngs=nnx.Rngs(0))
+    graphdef, params, rest = split(model)
+
+    def step(variables, tokens, state):
+        merged: Any = merge(graphdef, *variables)
+        logits, state = merged(tokens, state)
+        return jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), state
+
+    return model, Decoder((params, rest), jax.jit(step, donate_argnums=2))
+
+
+def read(decoder: Decoder, tokens: Any, state: Any, small: int) -> tuple[Any, Any]:
+    """The token that follows, and the state, after tokens that are read by chunks.
+
+    What no whole chunks make is read by `small` at a time: two compiled shapes for all lengths.
+    """
+    at, following = 0, tokens[:, :1]
+    while at < (length := tokens.shape[1]):
+        size = small if (length - at) % CHUNK else CHUNK
+        following, state = decoder.step(decoder.variables, tokens[:, at : at + size], state)
+        at += size
+    return following, state
+
+
+def run(setting: Setting) -> Measured:
+    contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, MIXERS
+    if setting.small:
+        contexts, width, depth, steps, mixers = [2, 4], 16, 1, 1, ("gla", "attention")
+    found = {}
+    with timing.one_core():
+        models = {}
+        for mixer in mixers:
+            config = LMConfig(vocab=256, width=width, depth=depth, pattern=f"{mixer}+swiglu")
+            models[mixer] = decoder(config)
+        bar = tqdm.tqdm(contexts, desc="decode: contexts")
+        for context in bar:
+            found |= at(models, context, steps, setting.seeds)
+    rows = [[mixer, n, *found[mixer, n]] for mixer in mixers for n in contexts]
+    return {
+        "columns": COLUMNS,
+        "rows": rows,
+        "found": answer(rows),
+        "notes": notes(rows, width, depth, steps),
+    }
+
+
+def at(models: dict, context: int, steps: int, seeds: tuple[int, ...]) -> dict:
+    """By mixer and context: milliseconds a token, their spread over the seeds, kB of state."""
+    times, kilobytes = {mixer: [] for mixer in models}, {}
+    for seed in seeds:
+        key = jax.random.key(seed)
+        tokens = jax.random.randint(key, (1, context - steps), 0, 256, jnp.int32)
+        calls = {}
+        for mixer, (model, decoder) in models.items():
+            token, state = read(decoder, tokens, model.init_state(1, context), steps)
+            kilobytes[mixer] = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e3
+            decoder.seconds(token, state, 2)  # compiles
+            calls[mixer] = functools.partial(decoder.seconds, token, state, steps)
+        for mixer, milliseconds in timing.medians(calls, range(ROUNDS)).items():
+            times[mixer].append(milliseconds)
+    return {(m, context): (*mean_and_spread(times[m]), kilobytes[m]) for m in models}
+
+
+def answer(rows) -> str:
+    """From the shortest to the longest context: time and state, of the recurrent and attention."""
+
+    def growth(mixer):
+        first, *_, last = (row for row in rows if row[0] == mixer)
+        return last[2] / first[2], last[4] / first[4]
+
+    mixers = dict.fromkeys(row[0] for row in rows)
+    recurrent = [growth(mixer) for mixer in mixers if mixer != "attention"]
+    longer, larger = growth("attention")
+    first, last = rows[0][1], rows[-1][1]
+    times = [longer for longer, _ in recurrent]
+    return (
+        f"from {first:,} to {last:,} tokens of context a token of the recurrent mixers takes "
+        f"{min(times):.2f} to {max(times):.2f} times as long and their state is "
+        f"{max(larger for _, larger in recurrent):.0f} times as large; of attention {longer:.1f} "
+        f"and {larger:.0f} times"
+    )
+
+
+def notes(rows, width, depth, steps) -> list[str]:
+    """How it was measured, and where attention is faster or smaller."""
+    said = [
+        f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
+        f"random weights. The last {steps} tokens of the context are timed; means over the seeds, "
+        f"of each the median of {ROUNDS} such rows in turn; the spread is the standard deviation "
+        "over the seeds. Each call has what it costs to begin one.",
+        "The state is all that goes from token to token: matrices, convolution windows, positions, "
+        "and attention's cache, made for that context.",
+    ]
+    theirs = {row[1]: row for row in rows if row[0] == "attention"}
+    for column, what in ((2, "quicker"), (4, "smaller")):
+        parts = []
+        for mixer in MIXERS:
+            wins = [r[1] for r in rows if r[0] == mixer and theirs[r[1]][column] < r[column]]
+            if wins:
+                parts.append(f"than {mixer} up to {max(wins):,}")
+        if parts:
+            said.append(f"Contexts at which attention is {what}: {', '.join(parts)} tokens.")
+    return said
+
+
+def draw(measured: Measured, path: Path) -> None:
+    lines = [{row[0]: [] for row in measured["rows"]} for _ in range(2)]
+    for mixer, context, milliseconds, spread, kilobytes in measured["rows"]:
+        lines[0][mixer].append((context, milliseconds, spread or 0))
+        lines[1][mixer].append((context, kilobytes))
+    about = "context (tokens)"
+    times = panels.Panel("time of a token", about, "milliseconds", lines[0], True)
+    states = panels.Panel("state that is kept", about, "kilobytes", lines[1], True)
+    panels.draw(path, [times, states])
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)

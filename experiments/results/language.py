@@ -1,0 +1,161 @@
+"""At equal parameters GLA predicts text as well as attention and Mamba (GLA, arXiv:2312.06635).
+
+Language models over bytes of Python's standard library, of about 0.85 million parameters each,
+trained alike on the same tokens: GLA, RetNet (arXiv:2307.08621), TransNormerLLM (arXiv:2307.14995),
+Mamba (arXiv:2312.00752), Mamba-2 (arXiv:2405.21060), Aaren (arXiv:2405.13956), softmax attention
+with rotary positions, and Mamba with one block of attention among its seven.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from ...models import LM, LMConfig
+from .. import flags, metrics, panels
+from ..trained import Run, all_trained, mean_and_spread
+from . import Experiment, Measured, Setting
+
+MODELS = {
+    "Mamba": "--model.pattern mamba+none --model.depth 7",
+    "Mamba-2": "--model.pattern mamba2+none --model.depth 7 --model.mamba2.state 64",
+    "GLA": "--model.pattern gla+swiglu",
+    "RetNet": "--model.pattern retention+swiglu",
+    "TransNormerLLM": "--model.pattern lightning+glu --model.norm simple --model.embed-scale",
+    "Aaren": "--model.pattern aaren+swiglu",
+    "attention": "--model.pattern attention+swiglu",
+    "Mamba + attention": "--model.pattern mamba+none*3,attention+swiglu --model.depth 7",
+}
+ROWS, LENGTH, STEPS, POINTS = 8, 128, 600, 12  # points of a curve, evenly spaced
+COMMON = (
+    f"--rows {ROWS} --length {LENGTH} --steps {STEPS} --validate-every {STEPS // POINTS} "
+    "--model.width 128 --model.depth 4 --save-every 0 --keep 1 --no-plot --no-tensorboard "
+)
+SMALL = "--steps 2 --validate-every 0 --final-batches 1 --heldout-batches 1 --model.width 32 "
+SMALL += "--model.mamba2.head-width 16 "
+WITHIN = 0.03
+COLUMNS = [
+    "model",
+    "held out (bits/byte)",
+    "spread (bits/byte)",
+    "parameters",
+    "tokens",
+    "time of a run (s)",
+]
+
+
+def parameters(config: LMConfig) -> int:
+    shapes = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+
+def model(given: Sequence[str]) -> LMConfig:
+    """The model that flags of `train` make."""
+    return flags.train(["--run", "runs", *given]).task.model
+
+
+def hidden(config: LMConfig, wanted: int) -> int:
+    """The width of the MLPs, a multiple of 8, at which a model is nearest to so many parameters."""
+
+    def at(width: int) -> int:
+        mlp = dataclasses.replace(config.mlp, hidden=width)
+        return parameters(dataclasses.replace(config, mlp=mlp))
+
+    least, next_ = at(8), at(16)
+    return 8 + 8 * max(0, round((wanted - least) / (next_ - least)))
+
+
+def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
+    """Each model's flags, with MLPs as wide as makes its parameters those of Mamba, within 3 %."""
+    common, wanted, found = COMMON + (SMALL if small else ""), None, {}
+    for name, own in MODELS.items():
+        given = [*common.split(), *own.split()]
+        config = model(given)
+        if wanted is not None and "glu" in config.pattern:
+            width = hidden(config, wanted)
+            given += ["--model.mlp.hidden", str(width)]
+            mlp = dataclasses.replace(config.mlp, hidden=width)
+            config = dataclasses.replace(config, mlp=mlp)
+        count = parameters(config)
+        wanted = wanted or count
+        if not small and abs(count / wanted - 1) > WITHIN:
+            raise ValueError(
+                f"{name} has {count:,} parameters, not within {WITHIN:.1%} of {wanted:,}"
+            )
+        found[name] = tuple(given)
+    return found
+
+
+def run(setting: Setting) -> Measured:
+    runs = {
+        (name, seed): Run("stdlib", given, seed, setting.folder / f"{short(name)}-{seed}")
+        for seed in setting.seeds
+        for name, given in sized(setting.small).items()
+    }
+    trained = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
+    rows, curves = [], {}
+    for name in MODELS:
+        ends = [trained[name, seed] for seed in setting.seeds]
+        mean, spread = mean_and_spread(end["bits_per_byte"] for end in ends)
+        seconds, _ = mean_and_spread(end["seconds"] for end in ends)
+        tokens = ends[0]["step"] * ROWS * LENGTH
+        rows.append([name, mean, spread, ends[0]["parameters"], tokens, seconds])
+        curves[name] = curve([runs[name, seed].folder for seed in setting.seeds])
+    rows.sort(key=lambda row: row[1])
+    notes = [
+        f"Python's standard library as bytes, {ROWS} rows of {LENGTH} a step, "
+        f"{rows[0][4] // ROWS // LENGTH} steps; the same AdamW for all, learning rate 3e-3. Means "
+        "over the seeds; the spread is the standard deviation over them. Held out are documents "
+        "that no run trains on, read in rows of the training length.",
+        "Time is of the whole run on its core, compilation and validations included: equal are the "
+        "tokens, not the time.",
+    ]
+    return {
+        "columns": COLUMNS,
+        "rows": rows,
+        "found": answer(rows),
+        "notes": notes,
+        "curves": curves,
+    }
+
+
+def short(name: str) -> str:
+    return name.lower().replace(" + ", "-")
+
+
+def curve(folders: list[Path]) -> list[list[float]]:
+    """(million tokens, bits per byte held out, spread), means over the seeds."""
+    held = {}
+    for folder in folders:
+        for row in metrics.read(folder):
+            if "heldout_bits_per_byte" in row:
+                held.setdefault(row["step"], []).append(row["heldout_bits_per_byte"])
+    points = []
+    for step, values in sorted(held.items()):
+        mean, spread = mean_and_spread(values)
+        points.append([step * ROWS * LENGTH / 1e6, mean, spread or 0.0])
+    return points
+
+
+def answer(rows: list[list]) -> str:
+    """All models, best first."""
+    return "held-out bits per byte, best first: " + ", ".join(
+        f"{row[0]} {row[1]:.2f}" + (f" ± {row[2]:.2f}" if row[2] is not None else "")
+        for row in rows
+    )
+
+
+def draw(measured: Measured, path: Path) -> None:
+    lines = {row[0]: measured["curves"][row[0]] for row in measured["rows"]}
+    axes = "tokens trained on (millions)", "bits per byte, held out"
+    late = {name: points[len(points) // 2 :] for name, points in lines.items()}
+    panels.draw(
+        path,
+        [panels.Panel("the whole run", *axes, lines)]
+        + [panels.Panel("its second half", *axes, late)],
+    )
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)

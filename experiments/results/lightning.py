@@ -1,0 +1,198 @@
+"""Chunkwise attention has one speed at every length (Lightning Attention-2, arXiv:2401.04658).
+
+So has RetNet's chunkwise form (arXiv:2307.08621): its decays and Lightning's are two values of one
+argument of one program. Three ways to y_t = sum_{s<=t} exp((t - s) log_decay) (q_t . k_s) v_s with
+a constant decay a head, on as many tokens a run at every length that is not longer than that: by
+chunks; by the states of all tokens, an associative scan over T K V numbers a head; by the whole
+matrix of T T scores a head.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from ...kernels import linear_attention
+from ...layers import decay
+from .. import panels, timing
+from ..trained import mean_and_spread
+from . import Experiment, Measured, Setting
+
+LENGTHS = [2**n for n in range(8, 17)]
+TOKENS, HEADS, WIDTH = 4096, 2, 64
+ROUNDS, MOST = 2, 4e9  # timed runs of each for each seed, and bytes of a program that is run
+COLUMNS = [
+    "form",
+    "length (tokens)",
+    "rows",
+    "forward (tokens/s)",
+    "forward and backward (tokens/s)",
+    "spread (%)",
+    "forward (MB)",
+    "forward and backward (MB)",
+]
+
+
+def matrix(q, k, v, log_decay):
+    """The whole matrix of scores, each times the decay from s to t."""
+    index = jnp.arange(q.shape[1], dtype=jnp.float32)
+    between = index[:, None] - index
+    seen = between >= 0
+    weight = jnp.exp(jnp.where(seen, between, 0) * log_decay[:, None, None])
+    product = functools.partial(jnp.einsum, precision="highest")
+    scores = jnp.where(seen, product("bthk,bshk->bhts", q, k) * weight, 0)
+    return product("bhts,bshv->bthv", scores, v)
+
+
+def chunkwise(q, k, v, log_decay, implementation="xla"):
+    return linear_attention(q, k, v, log_decay, implementation=implementation)[0]
+
+
+states = functools.partial(chunkwise, implementation="associative")
+RETNET = decay.retention(HEADS)
+LIGHTNING = decay.lightning("released", HEADS, 0, 2)
+FORMS = {
+    "chunkwise, Lightning's decays": (chunkwise, LIGHTNING),
+    "chunkwise, RetNet's decays": (chunkwise, RETNET),
+    "states of all tokens": (states, RETNET),
+    "whole matrix": (matrix, RETNET),
+}
+
+
+def inputs(seed, rows, length, decays):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    qkv = (jax.random.normal(key, (rows, length, HEADS, WIDTH), jnp.float32) for key in keys)
+    return *qkv, jnp.asarray(decays, jnp.float32)
+
+
+def forward(form):
+    return form
+
+
+def both(form):
+    """Outputs and gradients; decays are constant."""
+
+    def outputs_and_gradients(q, k, v, log_decay):
+        return timing.both(lambda q, k, v: form(q, k, v, log_decay))(q, k, v)
+
+    return outputs_and_gradients
+
+
+WAYS = forward, both
+
+
+def size(program):
+    """Bytes of a compiled program's arguments, outputs and temporaries."""
+    memory = program.memory_analysis()
+    parts = "argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes"
+    return sum(getattr(memory, part) for part in parts)
+
+
+def run(setting: Setting) -> Measured:
+    lengths, tokens = ([32], 64) if setting.small else (LENGTHS, TOKENS)
+    bar = tqdm.tqdm(lengths, desc="lightning: lengths")
+    with timing.one_core():
+        found = [row for length in bar for row in at(length, tokens, setting.seeds)]
+    rows = sorted(found, key=lambda row: list(FORMS).index(row[0]))
+    return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes(rows, tokens)}
+
+
+def at(length: int, tokens: int, seeds: tuple[int, ...]) -> list[list]:
+    """A row a form: means over the seeds, of each the median of runs that take turns."""
+    rows = max(1, tokens // length)
+    arguments = inputs(0, rows, length, RETNET)
+    programs = {
+        (form, way): timing.compiled(way(form), arguments)
+        for form in (chunkwise, states, matrix)
+        for way in WAYS
+    }
+    bytes_ = {each: size(program) for each, program in programs.items()}
+    speeds = {}
+    for seed in seeds:
+        calls = {}
+        for name, (form, decays) in FORMS.items():
+            arguments = inputs(seed, rows, length, decays)
+            for way in WAYS:
+                if bytes_[form, way] <= MOST:
+                    call = functools.partial(programs[form, way], *arguments)
+                    calls[name, way] = functools.partial(timing.seconds, call)
+        for each, milliseconds in timing.medians(calls, range(ROUNDS)).items():
+            speeds.setdefault(each, []).append(1e3 * rows * length / milliseconds)
+    found = []
+    for name, (form, _) in FORMS.items():
+        means, spread = [], None
+        for way in WAYS:
+            mean, deviation = None, None
+            if (name, way) in speeds:
+                mean, deviation = mean_and_spread(speeds[name, way])
+                spread = deviation and 100 * deviation / mean
+            means.append(mean)
+        megabytes = [bytes_[form, way] / 1e6 for way in WAYS]
+        found.append([name, length, rows, *means, spread, *megabytes])
+    return found
+
+
+def by_form(rows):
+    return {name: [row for row in rows if row[0] == name] for name in FORMS}
+
+
+def answer(rows) -> str:
+    """The chunkwise form's speed over all lengths, forward and backward."""
+    speeds = [row[4] for row in by_form(rows)["chunkwise, Lightning's decays"]]
+    longest = max(row[1] for row in rows)
+    return (
+        f"chunkwise {min(speeds):,.0f} to {max(speeds):,.0f} tokens/s forward and backward, at "
+        f"{longest:,} tokens {speeds[-1] / speeds[0]:.2f} of the speed at {rows[0][1]:,}"
+    )
+
+
+def notes(rows, tokens) -> list[str]:
+    """How it was measured, and where another form is faster."""
+    forms = by_form(rows)
+    said = [
+        f"{HEADS} heads of {WIDTH} keys and {WIDTH} values, float32; {tokens:,} tokens a run, or "
+        f"one row of a longer length; means over the seeds, of each the median of {ROUNDS} runs in "
+        "turn. The spread is the standard deviation over the seeds, forward and backward where "
+        "that was run.",
+        "Memory is what the compiler counts of the program: arguments, outputs and temporaries. "
+        f"What counts more than {MOST / 1e9:.0f} GB was compiled and not run.",
+    ]
+    ours = {row[1]: row for row in forms["chunkwise, RetNet's decays"]}
+    for name in ("states of all tokens", "whole matrix"):
+        for column, way in ((3, "forward"), (4, "forward and backward")):
+            faster = [
+                f"{row[1]:,} ({row[column] / ours[row[1]][column]:.1f} times)"
+                for row in forms[name]
+                if row[column] and row[column] > ours[row[1]][column]
+            ]
+            if faster:
+                said.append(f"Faster than chunks, {way}: {name} at {', '.join(faster)} tokens.")
+    return said
+
+
+def draw(measured: Measured, path: Path) -> None:
+    forms = by_form(measured["rows"])
+
+    def lines(column, spread):
+        return {
+            name: [
+                (row[1], row[column], *((row[5] or 0) / 100 * row[column],) * spread)
+                for row in rows
+                if row[column] is not None
+            ]
+            for name, rows in forms.items()
+        }
+
+    length = "length of a row (tokens)"
+    speed = panels.Panel(
+        "speed, forward and backward", length, "tokens per second", lines(4, True), True
+    )
+    memory = panels.Panel(
+        "memory, forward and backward (compiled)", length, "megabytes", lines(7, False), True
+    )
+    panels.draw(path, [speed, memory])
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)

@@ -1,0 +1,211 @@
+"""Measurements replace their own part of results.md only; runs are not trained twice."""
+
+import json
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scanax.experiments import processes, reproduce, results, sections, trained
+from scanax.experiments.results import decode, language, lightning
+from support.runs import SMALL
+
+STATIC = "# Results\n\nBefore.\n\n<!-- lightning -->\nold\n<!-- /lightning -->\n\n## After\n"
+
+
+def made(name, **more):
+    """What a measurement leaves, of one row."""
+    about = {"claim": f"{name} is so.", "found": "it is", "command": f"python {name}"}
+    about |= {"machine": "a core", "seconds": 61, "date": "2026-01-02", "seeds": [0, 1, 2]}
+    return {"name": name, "columns": ["what", "time (s)"], "rows": [["a", 0.123456]]} | about | more
+
+
+def test_the_list_has_the_name_and_the_claim_of_each(capsys):
+    assert reproduce.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == results.names()
+    assert all("arXiv:" in line and line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "name what to measure: decode, language, lightning"),
+        ("lightening --out OUT", "experiment 'lightening' is not one of decode, language"),
+        ("lightning --small", "--small measures nothing: name another place for it with --out"),
+        ("lightning --out OUT/none", "OUT/none; name one with --out DIR"),
+        ("lightning --seeds 0 0 --out OUT", "--seeds (0, 0): one or more are needed, each once"),
+        ("lightning --jobs 0 --out OUT", "--jobs 0: from 1 to the "),
+        ("lightning --redraw --out OUT", "--redraw: there is no OUT/results/lightning.json"),
+        ("lightning --sizes 3 --out OUT", "--sizes"),
+    ],
+)
+def test_a_wrong_flag_is_said_in_a_line(flags, says, tmp_path, capsys):
+    assert reproduce.main(flags.replace("OUT", str(tmp_path)).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("reproduce: ") and says.replace("OUT", str(tmp_path)) in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_small_sizes_of_the_cheap_ones(tmp_path, capsys):
+    """The section is replaced, a new one stands beside it, the text around both is as it was."""
+    (tmp_path / "results.md").write_text(STATIC)
+    flags = ("--small", "--seeds", "0", "1", "--out", str(tmp_path))
+    assert reproduce.main(["lightning", "decode", *flags]) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# Results\n\nBefore.\n") and text.endswith("\n\n## After\n")
+    assert "old" not in text
+    for name in ("lightning", "decode"):
+        (picture,) = tmp_path.glob(f"results/{name}.png*")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        found = json.loads((tmp_path / f"results/{name}.json").read_text())
+        assert found.keys() >= {"machine", "seconds", "date", "command", "columns", "rows"}
+        assert all(len(row) == len(found["columns"]) for row in found["rows"])
+        assert all(x > 0 for row in found["rows"] for x in row if not isinstance(x, str))
+        assert text.count(f"<!-- {name} -->") == 1 and f"](results/{name}.png)" in text
+        assert text.count(f"| [{name}](#{name}) | {found['claim']} |") == 1
+    assert text.index("<!-- decode -->") < text.index("<!-- lightning -->")
+    assert reproduce.main(["decode", "--redraw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize("broken", ["<!-- lightning -->", "<!-- /lightning -->"])
+def test_damaged_markers_are_said_before_anything_runs(broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "measure", lambda *_: pytest.fail("it was measured"))
+    for text in (STATIC.replace(broken, ""), STATIC + broken):
+        (tmp_path / "results.md").write_text(text)
+        assert reproduce.main(["decode", "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("reproduce: the markers of lightning are damaged: ")
+        assert (tmp_path / "results.md").read_text() == text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("the disk is full")])
+def test_what_fails_leaves_what_was_there(error, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    (tmp_path / "results").mkdir()
+    old = json.dumps(made("decode"))
+    (tmp_path / "results" / "decode.json").write_text(old)
+    (tmp_path / "results.md").write_text(STATIC)
+    broken = results.Experiment("A claim.", lambda _: made("decode"), fail)
+    monkeypatch.setattr(results, "find", lambda _: broken)
+    assert reproduce.main(["decode", "--out", str(tmp_path)]) in (1, 2)
+    assert (tmp_path / "results.md").read_text() == STATIC
+    assert (tmp_path / "results" / "decode.json").read_text() == old
+
+
+def test_sections_stand_in_the_order_of_the_names():
+    names, text = ("a", "b", "c"), ""
+    for name in "cab":
+        text = sections.updated(text, [made(name)], names)
+    places = [text.index(f"<!-- {name} -->") for name in ("summary", *names)]
+    assert places == sorted(places)
+    assert "`python b`: a core; seeds 0 1 2; 1 min 1 s, 2026-01-02." in text
+    assert "| a | 0.123 |" in text
+    crossed = "<!-- a --><!-- b --><!-- /a --><!-- /b -->"
+    with pytest.raises(ValueError, match="of a are damaged: b begins between them"):
+        sections.spans(crossed, names)
+
+
+def test_cells_have_three_digits():
+    cells = [None, 1234567, 123456.0, 99.96, 0.00012345, "a|b", True]
+    assert [sections.cell(x) for x in cells[:-1]] == [
+        "",
+        "1,234,567",
+        "123,000",
+        "100",
+        "0.000123",
+        "a\\|b",
+    ]
+
+
+def test_the_three_forms_compute_the_same():
+    q, k, v, log_decay = lightning.inputs(0, 1, 33, lightning.LIGHTNING)
+    want = np.zeros((1, 33, lightning.HEADS, lightning.WIDTH))
+    state = np.zeros((1, lightning.HEADS, lightning.WIDTH, lightning.WIDTH))
+    q64, k64, v64 = (np.asarray(x, np.float64) for x in (q, k, v))
+    for t in range(33):
+        state = state * np.exp(lightning.LIGHTNING)[:, None, None]
+        state = state + k64[:, t, :, :, None] * v64[:, t, :, None, :]
+        want[:, t] = np.einsum("bhk,bhkv->bhv", q64[:, t], state)
+    for form in (lightning.chunkwise, lightning.states, lightning.matrix):
+        y = jax.jit(form)(q, k, v, log_decay)
+        assert y.dtype == jnp.float32
+        assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_models_of_equal_parameters(monkeypatch):
+    """MLPs make up for what mixers lack; models that cannot be made equal are refused."""
+    chosen = {name: language.MODELS[name] for name in ("Mamba", "Mamba-2", "RetNet", "attention")}
+    monkeypatch.setattr(language, "MODELS", chosen)
+    sizes = [language.parameters(language.model(given)) for given in language.sized().values()]
+    assert len(sizes) == 4 and max(sizes) / min(sizes) < 1.03
+    monkeypatch.setattr(language, "WITHIN", 0.001)
+    with pytest.raises(ValueError, match=r"Mamba-2 has 855,508 parameters, not within 0.1% of"):
+        language.sized()
+
+
+def test_runs_are_trained_once_and_go_on(texts, tmp_path, monkeypatch):
+    """A run at its end is not trained again, of other flags refused, a stopped one goes on."""
+    flags = f"--data.paths {texts} {SMALL} --steps 2 --no-plot --no-tensorboard".split()
+    folder, jobs, real = tmp_path / "runs" / "small-1", [], processes.run
+
+    def run(some, at_once=1):
+        jobs.extend(some)
+        real(some, at_once)
+
+    monkeypatch.setattr(processes, "run", run)
+    found = trained.trained("stdlib", flags, 1, folder)
+    assert found["step"] == 2 and found["bits_per_byte"] > 0 and found["parameters"] > 1000
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 1 and len(jobs) == 1 and jobs[0].module == "train"
+    assert trained.trained("stdlib", flags, 1, folder) == found and len(jobs) == 1
+    with pytest.raises(ValueError, match=r"small-1 holds another run: .*width is 32, was 16"):
+        trained.trained("stdlib", [*flags, "--model.width", "32"], 1, folder)
+    (folder / "final.json").unlink()
+    job = trained.remaining(trained.Run("stdlib", tuple(flags), 1, folder))
+    assert job is not None and job.arguments == ("--resume", "--run", str(folder))
+
+
+def test_an_evaluation_is_kept_until_its_run_goes_on(tmp_path, monkeypatch):
+    done = []
+
+    def run(jobs, at_once=1):
+        for job in jobs:
+            done.append(job.arguments)
+            (tmp_path / "evaluation.json").write_text(json.dumps({"number": len(done)}))
+
+    monkeypatch.setattr(processes, "run", run)
+    (tmp_path / "final.json").write_text("{}")
+    assert trained.evaluated(tmp_path, ["--tokens", "9"]) == {"number": 1}
+    assert trained.evaluated(tmp_path, ["--tokens", "9"]) == {"number": 1}
+    assert done == [("--checkpoint", str(tmp_path), "--no-plot", "--tokens", "9")]
+    assert trained.evaluated(tmp_path) == {"number": 2}
+
+
+def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
+    job = processes.Job("a/b-0", "train", ("--steps", "0"), tmp_path / "b-0.log")
+    with pytest.raises(ValueError, match=r"^a/b-0 ended with status 2: train: .*steps=0.*b-0.log"):
+        processes.run([job])
+
+
+def test_mean_and_spread():
+    assert trained.mean_and_spread([1.0]) == (1.0, None)
+    assert trained.mean_and_spread(iter([1.0, 2.0, 6.0])) == (3.0, statistics.stdev([1, 2, 6]))
+
+
+def test_a_read_context_is_the_tokens_read_one_by_one(monkeypatch):
+    """The pieces a context is read by leave the state that single steps leave."""
+    monkeypatch.setattr(decode, "CHUNK", 4)
+    sizes = []
+
+    def step(_, tokens, state):
+        sizes.append(tokens.shape[1])
+        return tokens[:, -1:], state + [int(t) for t in tokens[0]]
+
+    tokens = jnp.arange(14, dtype=jnp.int32)[None]
+    following, state = decode.read(decode.Decoder(None, step), tokens, [], 2)
+    assert sizes == [2, 4, 4, 4] and state == list(range(14)) and int(following[0, 0]) == 13
