@@ -24,6 +24,7 @@ from . import kernels
 from .kernels import dispatch
 from .kernels.attention import IMPLEMENTATIONS as ATTENTION
 from .kernels.attention.fixed_query import IMPLEMENTATIONS as FIXED_QUERY
+from .kernels.diagonal_scan import IMPLEMENTATIONS as DIAGONAL_SCAN
 from .kernels.grouped_matmul import IMPLEMENTATIONS as GROUPED_MATMUL
 from .kernels.linear_attention import IMPLEMENTATIONS as LINEAR_ATTENTION
 from .kernels.selective_scan import IMPLEMENTATIONS as SELECTIVE_SCAN
@@ -32,6 +33,7 @@ from .sharding import mesh, ops
 IMPLEMENTATIONS = {
     "linear_attention": LINEAR_ATTENTION,
     "selective_scan": SELECTIVE_SCAN,
+    "diagonal_scan": DIAGONAL_SCAN,
     "fixed_query": FIXED_QUERY,
     "attention": ATTENTION,
     "grouped_matmul": GROUPED_MATMUL,
@@ -45,7 +47,7 @@ DEFINITIONS = ("reference", "associative")  # in float32 only
 TPU_KERNELS = ("pallas_tpu", "megablox")
 INTERPRETED = dispatch.Target("tpu", "TPU v5 lite", interpret=True)
 QUICK = {"xla_backend_optimization_level": 0}  # unrolled definitions take a CPU's LLVM a minute
-Case = tuple[str, str, dict[str, np.ndarray], dict[str, Any]]
+Case = tuple[str, str, dict[str, Any], dict[str, Any]]
 
 
 def cases() -> Iterator[Case]:
@@ -70,6 +72,11 @@ def cases() -> Iterator[Case]:
     floats |= {"B": normal(B, T, 16), "C": normal(B, T, 16), "D": normal(32)}
     floats |= {"A": -rng.uniform(0.5, 1, (32, 16)), "state": normal(B, 32, 16)}
     yield "selective_scan", "selective_scan", floats, chunk
+    for kind, tokens in (("constant decay", ()), ("decay by token", (B, T))):
+        floats = {"u": (normal(B, T, 3, 4, 16), normal(B, T, 3, 4, 16))}
+        floats["log_decay"] = (rng.choice(LOG_DECAYS, (*tokens, 16)), normal(*tokens, 16))
+        floats["state"] = (normal(B, 3, 4, 16), normal(B, 3, 4, 16))
+        yield f"diagonal_scan, {kind}", "diagonal_scan", floats, {"reset": reset}
     floats = {"q": normal(H, K), "k": normal(B, T, G, K), "v": normal(B, T, G, K)}
     yield "fixed_query", "fixed_query", floats, chunk
     block = {"reset": reset, "block": CHUNK}
@@ -102,9 +109,10 @@ def both(run: Callable, options: dict | None = None) -> Callable:
 
 
 def rounded(floats: dict, dtype: str) -> dict:
-    return {
-        name: jnp.asarray(x, jnp.float32 if name in WIDE else dtype) for name, x in floats.items()
-    }
+    def one(name, x):
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if name in WIDE else dtype), x)
+
+    return {name: one(name, x) for name, x in floats.items()}
 
 
 class Problem:

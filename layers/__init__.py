@@ -8,13 +8,15 @@ from .aaren import Aaren, AarenConfig
 from .attention import Attention, AttentionConfig
 from .constant import Constant
 from .conv import ShortConv
+from .convs5 import ConvS5, ConvS5Config
 from .gla import GLA, GLAConfig
+from .image import ImageConv
 from .lightning import Lightning, LightningConfig
 from .mamba import Mamba, MambaConfig
 from .mamba2 import Mamba2, Mamba2Config
 from .mlp import GELU, GLU, GeGLU, MLPConfig, SwiGLU
 from .moe import MoE, MoEConfig
-from .norm import LayerNorm, RMSNorm, SimpleRMSNorm
+from .norm import GroupNorm, LayerNorm, RMSNorm, SimpleRMSNorm
 from .retention import Retention, RetentionConfig
 from .router_config import RouterConfig
 
@@ -27,8 +29,12 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "Constant",
+    "ConvS5",
+    "ConvS5Config",
     "GLAConfig",
     "GeGLU",
+    "GroupNorm",
+    "ImageConv",
     "LayerNorm",
     "Lightning",
     "LightningConfig",

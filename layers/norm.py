@@ -20,6 +20,15 @@ def layer_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def group_norm(x: Float[Array, "... H W D"], groups: int, eps: float) -> Float[Array, "... H W D"]:
+    """(x - mean) / sqrt(variance + eps) over an image and a group of channels, float32 at least."""
+    x = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    grouped = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    grouped = grouped - jnp.mean(grouped, axis=(-4, -3, -1), keepdims=True)
+    variance = jnp.mean(grouped * grouped, axis=(-4, -3, -1), keepdims=True)
+    return (grouped * jax.lax.rsqrt(variance + eps)).reshape(x.shape)
+
+
 class RMSNorm(nnx.Module):
     """rms_norm(x) * scale, returned in `dtype`; axes before the last, such as heads, are batch."""
 
@@ -59,6 +68,31 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """group_norm(x) * scale + bias, returned in `dtype`  (arXiv:1803.08494)."""
+
+    def __init__(
+        self,
+        width: int,
+        groups: int = 32,
+        eps: float = 1e-5,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        del rngs
+        if groups < 1 or width % groups:
+            raise ValueError(f"groups={groups} do not divide the width {width}")
+        self.groups, self.eps, self.dtype = groups, eps, dtype
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... H W D"]) -> Float[Array, "... H W D"]:
+        y = group_norm(x, self.groups, self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
 class SimpleRMSNorm(nnx.Module):

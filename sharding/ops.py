@@ -19,6 +19,7 @@ from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX
 from ..kernels.selective_scan import summary as selective_summary
 from . import mesh
 from .attention import attention as attention
+from .diagonal import diagonal_scan as diagonal_scan
 from .sequence import grouped, lying, run
 
 BY_HEAD = P(mesh.ROWS, "tensor")  # states (B, H, ...)

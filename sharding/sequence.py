@@ -153,6 +153,19 @@ def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
     return x, by_head
 
 
+def run_each(op: Callable, x: Any, shared: Any) -> Any:
+    """op(x, shared), which takes each token of x (B, T, ...) alone: nothing is exchanged.
+
+    Rows and time lie over the mesh in force, all else whole on every device. XLA, left to place
+    an `op` that folds rows and time into one axis, would gather them first.
+    """
+    if not mesh.several():
+        return op(x, shared)
+    mesh.check(x.shape[0], x.shape[1])
+    marks, _ = lying(x.shape[1])
+    return manual(op, (marks, P()), marks)(x, shared)
+
+
 def run_window(
     op: Callable, x: Any, shared: Any, window: Any, reset: Any, places: Any
 ) -> tuple[Any, Any]:

@@ -78,7 +78,21 @@ def fixed(time, heads=4, key=8, value=6):
     return ops.fixed_query, shapes, summary, summary
 
 
+def diagonal(kind, time, image=(3, 2), channels=8):
+    shapes = [(ROWS, time, *image, channels)] * 2
+    shapes += [(channels,) if kind == "constant" else (ROWS, time, channels)] * 2
+    state = 2 * 4 * ROWS * int(np.prod(image)) * channels
+
+    def op(re, im, log_re, log_im, **how):
+        x, state = ops.diagonal_scan((re, im), (log_re, log_im), **how)
+        return x[0] * x[1], state
+
+    return op, shapes, state + 2 * 4 * ROWS * channels, state
+
+
 MIXERS = {
+    "convs5": functools.partial(diagonal, "constant"),
+    "s5": functools.partial(diagonal, "by token"),
     "retention, lightning": functools.partial(linear, "constant"),
     "mamba2": functools.partial(linear, "scalar"),
     "gla": functools.partial(linear, "vector"),

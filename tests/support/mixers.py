@@ -10,7 +10,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scanax.sharding.ops import attention, fixed_query, linear_attention, selective_scan
+from scanax.sharding.ops import (
+    attention,
+    diagonal_scan,
+    fixed_query,
+    linear_attention,
+    selective_scan,
+)
 
 ADVERSARIAL = np.array([0.0, -1e-4, -1.0, -30.0, -200.0])  # log decays, mixed in one tensor
 UNIFORM = {"minus30": -30.0, "minus200": -200.0}
@@ -129,6 +135,42 @@ def mean_selective(inputs, reset):
     return by_time(step, inputs["state"], jnp.zeros_like(inputs["state"]), inputs, reset)
 
 
+# Diagonal scan: complex numbers as pairs, all of a payload decaying alike.
+
+
+def draw_diagonal(constant, payload, rng, time, case, channels=4):
+    shape = (channels,) if constant else (BATCH, time, channels)
+    log = {"log_re": draw_logs(rng, shape, case), "log_im": rng.normal(size=shape)}
+    size = (*payload, channels)
+    u = {part: rng.normal(size=(BATCH, time, *size)) for part in ("re", "im")}
+    return {
+        "tokens": u if constant else u | log,
+        "shared": log if constant else {},
+        "state": tuple(rng.normal(size=(BATCH, *size)) for _ in range(2)),
+    }
+
+
+def run_diagonal(inputs, reset, **how):
+    x = inputs["tokens"] | inputs["shared"]
+    u, log = (x["re"], x["im"]), (x["log_re"], x["log_im"])
+    x, state = diagonal_scan(u, log, state=inputs["state"], reset=reset, **how)
+    return jnp.stack(x, axis=-1), state
+
+
+def mean_diagonal(inputs, reset):
+    payload = inputs["state"][0].ndim - 2
+
+    def step(state, token):
+        token = token | inputs["shared"]
+        log = token["log_re"] + 1j * token["log_im"]
+        log = log.reshape(*log.shape[:-1], *(1,) * payload, log.shape[-1])
+        x = jnp.exp(log) * (state[0] + 1j * state[1]) + token["re"] + 1j * token["im"]
+        return jnp.stack([x.real, x.imag], axis=-1), (x.real, x.imag)
+
+    fresh = jax.tree.map(jnp.zeros_like, inputs["state"])
+    return by_time(step, inputs["state"], fresh, inputs, reset)
+
+
 # Softmax mixers: `case` sets how far the scores spread instead of a decay.
 
 SPREAD = {"mixed": 30.0, "mild": 1.0, "minus10": 3.0, "minus30": 10.0, "minus200": 1e-3}
@@ -222,6 +264,17 @@ MIXERS = (
         mean_selective,
         SCHEDULES,
         ("delta", "A", "state"),
+    ),
+    *(
+        Mixer(
+            name,
+            partial(draw_diagonal, constant, payload),
+            run_diagonal,
+            mean_diagonal,
+            (*REFERENCES, {"implementation": "xla"}),
+            ("log_re", "log_im", "state"),
+        )
+        for name, constant, payload in (("convs5", True, (3, 2)), ("s5", False, ()))
     ),
     Mixer("aaren", draw_fixed_query, run_fixed_query, mean_fixed_query, SCHEDULES),
     Mixer(

@@ -1,0 +1,62 @@
+"""Convolutions over the height and width of images in time, each image alone."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..sharding import sequence
+
+
+def convolve(
+    x: Float[Array, "B T H W I"], kernel: Float[Array, "h w I O"]
+) -> Float[Array, "B T H W O"]:
+    """y[i, j] = sum_ab x[i + a - h // 2, j + b - w // 2] kernel[a, b], zero outside the image.
+
+    In the dtype of both, float32 exactly so on every backend; on a mesh each image stays where it
+    is, and the kernel lies whole on every device.
+    """
+
+    def each(x, kernel):
+        y = jax.lax.conv_general_dilated(
+            x.reshape(-1, *x.shape[2:]),
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    return sequence.run_each(each, x, kernel)
+
+
+class Kernel(nnx.Module):
+    """A parameter called `kernel`, by which weight decay knows it."""
+
+    def __init__(self, value: Array):
+        self.kernel = nnx.Param(value)
+
+
+class ImageConv(nnx.Module):
+    """convolve(x, kernel) + bias, in `dtype`; the kernel starts LeCun-normal, the bias zero."""
+
+    def __init__(
+        self,
+        din: int,
+        dout: int,
+        size: int = 3,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        draw = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(draw(rngs.params(), (size, size, din, dout), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(dout, param_dtype))
+
+    def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
+        y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y + self.bias[...].astype(self.dtype)
