@@ -1,0 +1,186 @@
+"""Aaren forecasts within 2 % of attention's error, in a state of one size (arXiv:2405.13956).
+
+The same network with either mixer, trained alike: on real series, on a simulated Hawkes process and
+on digits read pixel by pixel. And each, with random weights, reads a stream token by token: the
+bytes of its state, and the time for all tokens up to a number of them.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ...models import SeriesConfig, SeriesModel, merge, split
+from .. import panels, timing
+from ..trained import Run, all_trained, mean_and_spread
+from . import Experiment, Measured, Setting
+
+MIXERS = ("aaren", "attention")
+COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
+SMALL = "--steps 2 --validate-every 0 --model.width 16 --model.depth 1 "
+STEPS = {"sunspots": 200, "co2": 400, "elnino": 400, "unemployment": 100, "inflation": 100}
+TASKS = {
+    f"forecast {name}": ("forecast", f"--series {name} --steps {steps}", "mse")
+    for name, steps in STEPS.items()
+} | {
+    "events": ("events-hawkes", "", "loss"),
+    "digits": ("digits-sequence", "", "accuracy"),
+}
+WHAT = {"mse": "mean squared error", "loss": "nats per event", "accuracy": "share right"}
+TOKENS = [2**n for n in range(6, 13)]
+ROUNDS = 3
+COLUMNS = [
+    "task",
+    "measure",
+    "Aaren",
+    "spread of Aaren",
+    "attention",
+    "spread of attention",
+    "Aaren over attention",
+    "parameters of Aaren",
+    "parameters of attention",
+]
+
+
+def run(setting: Setting) -> Measured:
+    runs = {
+        (name, mixer, seed): Run(preset, given(own, mixer, setting), seed, folder)
+        for seed in setting.seeds
+        for name, (preset, own, _) in TASKS.items()
+        for mixer in MIXERS
+        for folder in [setting.folder / f"{name.replace(' ', '-')}-{mixer}-{seed}"]
+    }
+    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
+    rows = []
+    for name, (_, _, measure) in TASKS.items():
+        found = {m: [ends[name, m, seed] for seed in setting.seeds] for m in MIXERS}
+        errors = {m: mean_and_spread(end[measure] for end in found[m]) for m in MIXERS}
+        ratio = errors["aaren"][0] / errors["attention"][0]
+        sizes = [found[mixer][0]["parameters"] for mixer in MIXERS]
+        rows.append([name, WHAT[measure], *errors["aaren"], *errors["attention"], ratio, *sizes])
+    curves = streams(TOKENS[:2] if setting.small else TOKENS, setting.seeds)
+    measured = {"columns": COLUMNS, "rows": rows, "curves": curves}
+    return measured | {"found": answer(rows, curves), "notes": notes(curves)}
+
+
+def given(own: str, mixer: str, setting: Setting) -> tuple[str, ...]:
+    small = SMALL if setting.small else ""
+    return tuple(f"{COMMON}{own} --model.pattern {mixer}+gelu {small}".split())
+
+
+def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[float]]]:
+    """By `state of MIXER` (tokens, bytes) and `time of MIXER` (tokens, seconds, spread)."""
+    curves: dict[str, list[list[float]]] = {}
+    with timing.one_core():
+        for length in lengths:
+            calls, spent = {}, {mixer: [] for mixer in MIXERS}
+            for mixer in MIXERS:
+                model, program = reader(mixer, length)
+                state = model.init_state(1, length)
+                size = sum(x.nbytes for x in jax.tree.leaves(state))
+                curves.setdefault(f"state of {mixer}", []).append([length, size])
+                calls[mixer] = functools.partial(program, *split(model)[1:], state)
+            for seed in seeds:
+                x = jax.random.normal(jax.random.key(seed), (length, 1, 1, 1), jnp.float32)
+                timed = {
+                    m: functools.partial(timing.seconds, functools.partial(call, x))
+                    for m, call in calls.items()
+                }
+                for mixer, milliseconds in timing.medians(timed, range(ROUNDS)).items():
+                    spent[mixer].append(milliseconds / 1e3)
+            for mixer in MIXERS:
+                mean, spread = mean_and_spread(spent[mixer])
+                curves.setdefault(f"time of {mixer}", []).append([length, mean, spread or 0.0])
+    return curves
+
+
+def reader(mixer: str, length: int) -> tuple[Any, Any]:
+    """A model, and (parameters, others, state, x (T, 1, 1, 1)) -> what it says, token by token."""
+    config = dataclasses.replace(SeriesConfig(length=length), pattern=f"{mixer}+gelu")
+    model = SeriesModel(config, rngs=nnx.Rngs(0))
+    graphdef = split(model)[0]
+
+    @jax.jit
+    def program(params, rest, state, x):
+        merged: Any = merge(graphdef, params, rest)
+
+        def body(state, token):
+            y, state = merged(token, state)
+            return state, y
+
+        return jax.lax.scan(body, state, x)[1]
+
+    return model, program
+
+
+def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
+    """The worst ratio of errors, and how time and state grow."""
+
+    def growth(what):
+        first, *_, last = curves[what]
+        return last[1] / first[1]
+
+    errors = [row[6] - 1 for row in rows if row[1] != WHAT["accuracy"]]
+    right = next(row for row in rows if row[1] == WHAT["accuracy"])
+    first, last = curves["time of aaren"][0][0], curves["time of aaren"][-1][0]
+    return (
+        f"Aaren's errors differ from attention's by {100 * min(errors):+.1f} % to "
+        f"{100 * max(errors):+.1f} %, digits named right are {100 * right[2]:.1f} % and "
+        f"{100 * right[4]:.1f} %; from {first:,} to {last:,} tokens its "
+        f"state is {growth('state of aaren'):.0f} times as large, "
+        f"attention's {growth('state of attention'):.0f}, and the time for all tokens "
+        f"{growth('time of aaren'):.0f} times as long, attention's "
+        f"{growth('time of attention'):.0f}"
+    )
+
+
+def notes(curves: dict[str, list[list[float]]]) -> list[str]:
+    tokens, size = curves["state of aaren"][-1]
+    slower = [
+        int(n)
+        for (n, ours, _), (_, theirs, _) in zip(
+            curves["time of aaren"], curves["time of attention"], strict=True
+        )
+        if ours > theirs
+    ]
+    said = [
+        "Two blocks of the mixer and GELU, width 32, 4 heads, sines and cosines for positions; the "
+        "same AdamW and steps for both. Means over the seeds; the spread is the standard deviation "
+        "over them. Series are cut in time: the last 20 % are measured, errors in deviations of "
+        "the first 70 %.",
+        f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs in turn for "
+        f"each seed; attention's cache is made for all tokens. Aaren's state: {size:,.0f} bytes at "
+        f"{tokens:,.0f} tokens.",
+    ]
+    if slower:
+        said.append(f"Attention reads all tokens sooner up to {max(slower):,} of them.")
+    return said
+
+
+def draw(measured: Measured, path: Path) -> None:
+    rows = [row for row in measured["rows"] if row[0].startswith("forecast")]
+    errors = {
+        mixer: [(i, row[at], row[at + 1] or 0) for i, row in enumerate(rows)]
+        for mixer, at in (("aaren", 2), ("attention", 4))
+    }
+    curves = {
+        what: {m: [tuple(p) for p in measured["curves"][f"{what} of {m}"]] for m in MIXERS}
+        for what in ("state", "time")
+    }
+    names = ", ".join(f"{i} {row[0].split()[1]}" for i, row in enumerate(rows))
+    about = "tokens"
+    panels.draw(
+        path,
+        [
+            panels.Panel("error of forecasts", names, "mean squared error", errors),
+            panels.Panel("state", about, "bytes", curves["state"], True),
+            panels.Panel("time of all tokens, one by one", about, "seconds", curves["time"], True),
+        ],
+    )
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)
