@@ -143,7 +143,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     over = mesh.only(mesh.make(config.mesh), *AXES)
     if not isinstance(find(config.checkpoint, parse_step(config.step)).config.task, LMTask):
         return of_task(config, over)
-    own = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
+    own: dict[str, Any] = {"dtype": config.dtype, "tokenizer": config.data.tokenizer}
     loaded = load(config.checkpoint, parse_step(config.step), over, **own)
     place(config, loaded.step)
     score, task = scorer(loaded.model, over), loaded.config.task

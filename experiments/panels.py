@@ -1,6 +1,6 @@
 """A picture of several panels that share their lines' labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Panel(NamedTuple):
     x: str
     """What the horizontal axis is, with its unit."""
     y: str
-    lines: dict[str, list[tuple[float, ...]]]
+    lines: Mapping[str, Sequence[Sequence[float]]]
     powers: bool = False
     """Whether x goes by powers of two and y by powers of ten, rather than both evenly."""
 

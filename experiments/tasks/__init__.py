@@ -28,8 +28,11 @@ class Task(Protocol):
     """What a batch's weight counts, in the plural."""
     measure: ClassVar[str]
     """What the loss is in, as `nats`."""
-    rows: int
-    """Rows of a batch."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        ...
 
     def check(self) -> None:
         """Read what the flags name; raise a ValueError that says what is wrong with them."""
