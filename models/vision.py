@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from .backbone import Backbone
 from .block import stream_dtype
 from .config import BackboneConfig, ResidualConfig
 from .pattern import parse
+
+State = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def patches(
 
 
 class Vision(Backbone):
-    """logits = readout(norm(blocks([patch(p) + place, class token]))_last)  (arXiv:2310.19731).
+    """logits = output(norm(blocks([input(patches) + positions, class token]))_last): ViR, ViT.
 
     The class token comes last, so that it has seen every patch where a mixer sees only what came
     before. Then the recurrent form gives a class after any patches: `read` some, `classify`, and
@@ -104,16 +106,16 @@ class Vision(Backbone):
         (rows, columns), width = config.grid, config.width
         init = jax.nn.initializers.normal(0.02)
         kinds = {"kernel_init": init, "param_dtype": param_dtype, "rngs": rngs}
-        self.patch = Linear(config.patch**2 * config.channels, width, dtype=dtype, **kinds)
-        self.place = nnx.Param(init(rngs.params(), (rows * columns, width), param_dtype))
+        self.input = Linear(config.patch**2 * config.channels, width, dtype=dtype, **kinds)
+        self.position = nnx.Param(init(rngs.params(), (rows * columns, width), param_dtype))
         self.class_token = nnx.Param(init(rngs.params(), (width,), param_dtype))
         super().__init__(config, rngs=rngs)
         exact = jnp.promote_types(jnp.float32, dtype)
-        self.readout = Linear(width, config.classes, dtype=exact, **kinds)
+        self.output = Linear(width, config.classes, dtype=exact, **kinds)
 
     def __call__(self, patches: Float[Array, "B N features"]) -> Float[Array, "B classes"]:
         """The logits of whole images in one pass, in at least float32."""
-        return self.readout(self.hidden(patches)[0])
+        return self.output(self.hidden(patches)[0])
 
     def hidden(
         self, patches: Float[Array, "B N features"], key: Array | None = None
@@ -139,17 +141,17 @@ class Vision(Backbone):
         An image has no patch after its last: nan.
         """
         number = first + jnp.arange(patches.shape[1], dtype=jnp.int32)
-        place = self.place[...].at[number].get(mode="fill", fill_value=jnp.nan)
+        position = self.position[...].at[number].get(mode="fill", fill_value=jnp.nan)
         stream = stream_dtype(self.config)
-        return self.patch(patches).astype(stream) + place.astype(stream)
+        return self.input(patches).astype(stream) + position.astype(stream)
 
     def token(self, rows: int) -> Float[Array, "B 1 D"]:
         """The class token of each row."""
         token = self.class_token[...].astype(stream_dtype(self.config))
         return jnp.broadcast_to(token, (rows, 1, self.config.width))
 
-    def init_state(self, batch: int, max_length: int | None = None) -> tuple:
-        """The state before any patch: the blocks', and last how many patches each row has read.
+    def init_state(self, batch: int, max_length: int | None = None) -> State:
+        """The state before any patch: the blocks', and `position`, how many each row has read.
 
         Caches have room for an image, or for `max_length` tokens, one of them the class token.
         """
@@ -159,20 +161,18 @@ class Vision(Backbone):
             raise ValueError(f"{why}: it reads an image's patches all at once, and has no state")
         rows, columns = config.grid
         state = super().init_state(batch, max_length or rows * columns + 1)
-        return *state, {"position": jnp.zeros((batch,), jnp.int32)}
+        return {"blocks": state, "position": jnp.zeros((batch,), jnp.int32)}
 
-    def read(self, patches: Float[Array, "B N features"], state: tuple) -> tuple:
+    def read(self, patches: Float[Array, "B N features"], state: State) -> State:
         """The state after more patches, as many as one likes, in the order of `patches`."""
-        *blocks, place = state
-        x = self.embed(patches, place["position"][:, None])
-        _, after, _ = self.mix(x, tuple(blocks))
-        return *after, {"position": place["position"] + patches.shape[1]}
+        x = self.embed(patches, state["position"][:, None])
+        _, blocks, _ = self.mix(x, state["blocks"])
+        return {"blocks": blocks, "position": state["position"] + patches.shape[1]}
 
-    def classify(self, state: tuple) -> Float[Array, "B classes"]:
+    def classify(self, state: State) -> Float[Array, "B classes"]:
         """The logits after the patches read so far; the state stays as it is."""
-        *blocks, place = state
-        x, _, _ = self.mix(self.token(place["position"].shape[0]), tuple(blocks))
-        return self.readout(x[:, 0])
+        x, _, _ = self.mix(self.token(state["position"].shape[0]), state["blocks"])
+        return self.output(x[:, 0])
 
 
 def padded(x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T2 D"], Array | None]:

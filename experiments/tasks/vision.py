@@ -15,9 +15,10 @@ from ...layers import router
 from ...models import Vision, VisionConfig, merge, split
 from ...models.vision import patches
 from ..curves import curve
-from ..digits import Digits, digits, resized
+from ..images import resized, shifted
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
+from .digits import images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,36 +49,36 @@ class VisionTask(ModelTask):
             raise ValueError(f"model.classes={self.model.classes}; there are 10 digits")
 
     def check(self) -> None:
-        digits()  # says what is missing
+        images()  # says what is missing
 
     @functools.cached_property
-    def data(self) -> tuple[Digits, Digits]:
-        """The images to train on and those to test on, resized."""
-        return tuple(
-            each._replace(images=resized(each.images, self.model.image, self.resize))
-            for each in digits()
-        )
+    def data(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Images (N, height, width) and labels: to train on, and to test on."""
+        return [
+            (resized(pixels.reshape(-1, 8, 8), self.model.image, self.resize), labels)
+            for pixels, labels in images()
+        ]
 
     def batches(self, seed: int, step: int, rows: slice = slice(None)) -> Batch:
         """Every image once in as many rows as there are images, in a new order each time."""
-        images, labels = self.data[0]
+        x, labels = self.data[0]
         count, numbers = len(labels), range(step * self.rows, (step + 1) * self.rows)[rows]
         which = np.array([order(count, seed, n // count)[n % count] for n in numbers])
         moved = np.random.default_rng((seed, step)).integers(
             -self.shift, self.shift, (self.rows, 2), endpoint=True
         )[rows]
-        return self._batch(shifted(images[which], moved), labels[which])
+        return self._batch(shifted(x[which], moved), labels[which])
 
     def _heldout(self, index: int, rows: slice = slice(None)) -> Batch:
         """Test images; the last batch is filled with images of no weight."""
-        images, labels = self.data[1]
+        x, labels = self.data[1]
         which = np.arange(index * self.rows, (index + 1) * self.rows)[rows]
-        batch = self._batch(*(x[which % len(labels)] for x in (images, labels)))
+        batch = self._batch(x[which % len(labels)], labels[which % len(labels)])
         return batch | {"weights": (which < len(labels)).astype(np.float32)}
 
-    def _batch(self, images: np.ndarray, labels: np.ndarray) -> Batch:
+    def _batch(self, x: np.ndarray, labels: np.ndarray) -> Batch:
         """Patches (rows, patches, features) from -1 to 1, with labels and weights (rows,)."""
-        pixels = np.repeat(2 * images[..., None] - 1, self.model.channels, axis=3)
+        pixels = np.repeat(2 * x[..., None] - 1, self.model.channels, axis=3)
         cut = np.asarray(patches(pixels, self.model.patch))
         weights = np.ones(len(labels), np.float32)
         return {"patches": cut, "labels": labels, "weights": weights}
@@ -87,7 +88,7 @@ class VisionTask(ModelTask):
     ) -> tuple[Any, tuple[Any, Metrics]]:
         """Mean nats of the right class, and what routers add. `accuracy`: images that are right."""
         x, aux = model.hidden(batch["patches"], key)
-        logits, weights = model.readout(x), batch["weights"]
+        logits, weights = model.output(x), batch["weights"]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][:, None], axis=1)
         right = jnp.argmax(logits, axis=1) == batch["labels"]
         weight = weights.sum()
@@ -110,7 +111,7 @@ class VisionTask(ModelTask):
     @property
     def pieces(self) -> int:
         """Batches that hold all test images."""
-        return -(-len(digits()[1].labels) // self.rows)
+        return -(-len(self.data[1][1]) // self.rows)
 
     def examine(self, model: Vision, folder: Path | None) -> dict[str, Any]:
         """Accuracy after each row of patches, read one after another; early_exit.png shows it.
@@ -163,14 +164,3 @@ class VisionTask(ModelTask):
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch takes the images."""
     return np.random.default_rng((seed, epoch, count)).permutation(count)
-
-
-def shifted(images: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Each image moved down and right by its whole numbers of pixels; zeros come in."""
-    moved = np.zeros_like(images)
-    height, width = images.shape[1:]
-    for new, old, (down, right) in zip(moved, images, by, strict=True):
-        to = tuple(slice(max(s, 0), n + min(s, 0)) for s, n in ((down, height), (right, width)))
-        at = tuple(slice(max(-s, 0), n + min(-s, 0)) for s, n in ((down, height), (right, width)))
-        new[to] = old[at]
-    return moved

@@ -1,14 +1,14 @@
 """Digits in the trainer: their split, how they are resized, a run and what is measured of it."""
 
-import builtins
 import json
 
 import jax
 import numpy as np
 import pytest
-from scanax.experiments import digits, evaluate, flags, metrics, train
+from scanax.experiments import evaluate, flags, metrics, train
 from scanax.experiments.configs.vision_digits import config
-from scanax.experiments.tasks.vision import VisionTask, shifted
+from scanax.experiments.images import resized, shifted
+from scanax.experiments.tasks.vision import VisionTask
 from scanax.models import VISION_PRESETS
 from support.compare import close
 
@@ -20,31 +20,26 @@ def args(run, more=""):
     return f"{SMALL} --run {run} {more}".split()
 
 
-def test_the_split_is_fixed_and_shares_no_image():
-    train, test = digits.digits()
-    assert train.images.shape == (1437, 8, 8) and test.images.shape == (360, 8, 8)
-    assert train.images.min() == 0 and train.images.max() == 1
-    seen = {image.tobytes() for image in train.images}
-    assert not any(image.tobytes() in seen for image in test.images)
-    assert np.bincount(test.labels, minlength=10).min() > 20
-    np.testing.assert_array_equal(test.labels[:6], LABELS)
-
-
-LABELS = [0, 8, 8, 9, 8, 3]  # so that a change of the split is seen
+def test_images_to_test_on_are_never_trained_on():
+    (seen, _), (held, labels) = VisionTask(model=config.task.model).data
+    assert seen.shape == (1437, 16, 16) and held.shape == (360, 16, 16)
+    known = {image.tobytes() for image in seen}
+    assert not any(image.tobytes() in known for image in held)
+    assert np.bincount(labels, minlength=10).min() > 20
 
 
 def test_resizing():
     """Copies, or straight lines between the centres of pixels, the same along both axes."""
     image = np.random.default_rng(0).random((3, 4, 4)).astype(np.float32)
-    copied = digits.resized(image, (8, 12), "nearest")
+    copied = resized(image, (8, 12), "nearest")
     np.testing.assert_array_equal(copied, image.repeat(2, axis=1).repeat(3, axis=2))
     slope = np.broadcast_to(np.arange(4, dtype=np.float32), (1, 4, 4))
     between = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
-    line = digits.resized(slope, (4, 8), "linear")
+    line = resized(slope, (4, 8), "linear")
     close(line, np.broadcast_to(np.array(between), (1, 4, 8)), 1e-6)
-    close(digits.resized(slope.swapaxes(1, 2), (8, 4), "linear"), line.swapaxes(1, 2), 1e-6)
+    close(resized(slope.swapaxes(1, 2), (8, 4), "linear"), line.swapaxes(1, 2), 1e-6)
     for method in ("nearest", "linear"):
-        np.testing.assert_array_equal(digits.resized(image, (4, 4), method), image)
+        np.testing.assert_array_equal(resized(image, (4, 4), method), image)
 
 
 def test_shifts_lose_what_leaves_and_let_zeros_in():
@@ -60,7 +55,7 @@ def test_an_epoch_has_every_image_once_and_any_rows_can_be_asked_for():
     task = VisionTask(rows=479, model=config.task.model)  # 3 steps are an epoch
     whole = [task.batches(5, step) for step in range(3)]
     first = np.concatenate([batch["patches"] for batch in whole])
-    images = task.data[0].images
+    images, _ = task.data[0]
     assert first.shape == (1437, 64, 4) and first.min() == -1 and first.max() == 1
     mine = np.sort(first.reshape(1437, -1).sum(axis=1))
     close(mine, np.sort((2 * images - 1).reshape(1437, -1).sum(axis=1)), 1e-5)
@@ -116,21 +111,6 @@ def test_models_of_published_sizes_are_presets():
     assert made.task.model == VISION_PRESETS["vir-s"]
     batch = made.task.batches(0, 0, slice(2))  # digits of 224 x 224 pixels with three channels
     assert batch["patches"].shape == (2, 196, 768)
-
-
-def test_the_package_that_is_missing_is_named(monkeypatch, tmp_path, capsys):
-    real = builtins.__import__
-
-    def missing(name, *rest):
-        if name.startswith("sklearn"):
-            raise ImportError
-        return real(name, *rest)
-
-    digits.digits.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", missing)
-    assert train.main(args(tmp_path / "r")) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said == ["train: the package scikit-learn is missing: pip install 'scanax[datasets]'"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.layers import Attention, AttentionConfig, Vir, VirConfig, decay
-from scanax.models import LMConfig
+from scanax.models import LMConfig, SeriesConfig
 from support.compare import close
 
 WIDTH, HEADS, BATCH, TIME = 24, 3, 2, 21
@@ -146,3 +146,5 @@ def test_attention_that_is_not_causal_is_refused_where_it_makes_no_sense(uncheck
         Attention(WIDTH, AttentionConfig(window=4, causal=False), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="shows a language model what it is to predict"):
         LMConfig(attention=AttentionConfig(causal=False))
+    with pytest.raises(ValueError, match="shows a forecast what it is to predict"):
+        SeriesConfig(attention=AttentionConfig(causal=False))

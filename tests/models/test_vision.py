@@ -97,7 +97,7 @@ def test_any_cut_of_an_image_gives_its_class(streams, name):
         for at in range(0, N, size):
             found, state = read(x[:, at : at + size], state)
         close(found, logits, 1e-5)
-        assert (state[-1]["position"] == N).all()
+        assert (state["position"] == N).all()
     beyond, _ = read(x[:, :1], state)
     assert jnp.isnan(beyond).all()  # an image has no more patches
 
@@ -181,7 +181,7 @@ def test_weight_decay_is_of_matrices():
     for path, applies in jax.tree_util.tree_leaves_with_path(decayed(params)):
         found[applies].add(path[-1].key)
     assert found[True] == {"kernel"}
-    assert found[False] == {"bias", "scale", "class_token", "place", "mixer_scale", "mlp_scale"}
+    assert found[False] == {"bias", "scale", "class_token", "position", "mixer_scale", "mlp_scale"}
 
 
 def test_scale_multiplies_what_a_branch_adds():
@@ -194,7 +194,7 @@ def test_scale_multiplies_what_a_branch_adds():
         @jax.jit
         def run(params, x, graphdef=graphdef, rest=rest):
             model = merge(graphdef, params, rest)
-            return model(x), model.readout(model.norm(model.token(2)))[:, 0]
+            return model(x), model.output(model.norm(model.token(2)))[:, 0]
 
         found[scale], blank = run(params, x)
     close(found[None], found[1.0], 1e-6)

@@ -36,9 +36,9 @@ def ours(theirs):
     """Their arrays under our names; of a kernel of blocks, zero where they have nothing."""
     kernel = theirs["patch_embed.weight"].transpose(2, 3, 1, 0).reshape(-1, WIDTH)
     found = {
-        "patch.kernel": kernel,
-        "patch.bias": theirs["patch_embed.bias"],
-        "place": theirs["pos_embed"][0, :TOKENS],
+        "input.kernel": kernel,
+        "input.bias": theirs["patch_embed.bias"],
+        "position": theirs["pos_embed"][0, :TOKENS],
         "norm.scale": theirs["ln.weight"],
         "norm.bias": theirs["ln.bias"],
     }
@@ -71,7 +71,7 @@ def linear(theirs, mine, their):
 
 
 def test_outputs_and_gradients():
-    """Of the patches after the last norm: the reference has neither class token nor readout."""
+    """Of the patches after the last norm: the reference has neither class token nor output."""
     inputs, expected, grads = (
         dict(np.load(FOLDER / f"{part}.npz")) for part in ("inputs", "expected", "grads")
     )
@@ -79,7 +79,7 @@ def test_outputs_and_gradients():
     graphdef, drawn, rest = split(Vision(CONFIG, rngs=nnx.Rngs(0)))
     flat = by_layer(CONFIG, drawn)
     named = ours(load_file(FOLDER / "model.safetensors"))
-    unused = {"class_token", "readout.kernel", "readout.bias"}
+    unused = {"class_token", "output.kernel", "output.bias"}
     assert flat.keys() - named.keys() == unused
     params = from_layers(CONFIG, flat | {k: jnp.asarray(v) for k, v in named.items()}, Vision)
     x = patches(jnp.asarray(inputs["x_nchw"].transpose(0, 2, 3, 1)), PATCH)
