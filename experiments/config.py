@@ -16,6 +16,7 @@ from .tasks.events import EventsTask
 from .tasks.forecast import ForecastTask
 from .tasks.lm import LMTask
 from .tasks.recall import RecallTask
+from .tasks.vision import VisionTask
 
 TASKS = {
     "lm": LMTask,
@@ -23,6 +24,7 @@ TASKS = {
     "forecast": ForecastTask,
     "events": EventsTask,
     "digits": DigitsTask,
+    "vision": VisionTask,
 }
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from ..models.presets import PRESETS
+from ..models.presets import PRESETS, VISION_PRESETS
 from ..models.pretrained.compare import difference
 from .config import TrainConfig, read, task_name
 from .data import are_arrays
@@ -21,6 +21,7 @@ from .loading import Found, find
 from .tasks.lm import LMTask
 
 ENDS = ("steps", "minutes")
+SIZES = PRESETS | VISION_PRESETS
 COMPUTED = ("dtype", "param_dtype", "remat", "loss_chunk", "vocab_multiple")
 
 
@@ -51,7 +52,7 @@ def train(args: list[str]) -> TrainConfig:
     if any(name in early for name in ENDS):  # an end that is given stands alone
         config = dataclasses.replace(config, **dict.fromkeys(ENDS))
     about = "Train a task. --preset chooses what all other flags start from: "
-    about += f"{', '.join(files())} (experiments/configs), {', '.join(PRESETS)} (model sizes)."
+    about += f"{', '.join(files())} (experiments/configs), {', '.join(SIZES)} (model sizes)."
     made = parse(TrainConfig[type(config.task)], config, args, "train", about)
     if early.resume and made.preset != config.preset:
         raise ValueError(
@@ -129,10 +130,10 @@ def preset(name: str) -> TrainConfig:
     if name in files():
         module = importlib.import_module(f".configs.{name.replace('-', '_')}", __package__)
         return module.config
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is not one of {', '.join([*files(), *PRESETS])}")
-    config = preset("stdlib")
-    return dataclasses.replace(config, task=dataclasses.replace(config.task, model=PRESETS[name]))
+    if name not in SIZES:
+        raise ValueError(f"preset {name!r} is not one of {', '.join([*files(), *SIZES])}")
+    config = preset("vision-digits" if name in VISION_PRESETS else "stdlib")
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, model=SIZES[name]))
 
 
 def parse(kind: Any, default: Any, args: list[str], program: str, description: str) -> Any:

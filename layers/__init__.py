@@ -19,6 +19,7 @@ from .moe import MoE, MoEConfig
 from .norm import GroupNorm, LayerNorm, RMSNorm, SimpleRMSNorm
 from .retention import Retention, RetentionConfig
 from .router_config import RouterConfig
+from .vir import Vir, VirConfig
 
 __all__ = [
     "GELU",
@@ -52,4 +53,6 @@ __all__ = [
     "ShortConv",
     "SimpleRMSNorm",
     "SwiGLU",
+    "Vir",
+    "VirConfig",
 ]

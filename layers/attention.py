@@ -1,7 +1,7 @@
 """Softmax attention with rotary positions, grouped keys and a cache  (arXiv:1706.03762)."""
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -32,6 +32,8 @@ class AttentionConfig:
     """Features of one head; width / heads if None."""
     window: int | None = None
     """Tokens that a query sees, itself included; all before it in its document if None."""
+    causal: bool = True
+    """Whether a token sees none after it; otherwise it sees its whole document."""
     rope_base: float | None = 10000.0
     """Base of the rotary frequencies; no positions if None."""
     bias: bool = False
@@ -45,6 +47,8 @@ class AttentionConfig:
 
 class Attention(nnx.Module):
     """y_t = W sum_s softmax_s(q_t . k_s / sqrt(head_width)) v_s over the document so far.
+
+    If it is not causal, over all of the document, and then there is no state.
 
     `init_state` makes a ring of `max_length` tokens, or of `window` where that is less: new tokens
     take the places of the oldest. A query whose document (or window) reaches back to a token that
@@ -70,6 +74,8 @@ class Attention(nnx.Module):
             raise ValueError(f"kv_heads={kv_heads} does not divide heads={heads}")
         if config.window is not None and config.window < 1:
             raise ValueError(f"window={config.window}; it must be at least 1")
+        if config.window is not None and not config.causal:
+            raise ValueError(f"window={config.window} with causal=False; leave one of them out")
         self.head_width = config.head_width or width // heads
         if config.rope_base is not None and self.head_width % 2:
             raise ValueError(f"head width {self.head_width} with rotary positions; it must be even")
@@ -98,6 +104,8 @@ class Attention(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State | None]:
+        if state is not None and not self.config.causal:
+            raise ValueError("attention with causal=False sees what comes later: it takes no state")
         start = None if state is None else state["length"] - state["start"]
         index, following = positions(x.shape[1], start, reset)
         _, *qkv = columns(x, self.q, self.k, self.v)
@@ -109,7 +117,8 @@ class Attention(nnx.Module):
             q, k = rotate_half(q, angle), rotate_half(k, angle)
         window = self.config.window
         if state is None:
-            y = cast(Array, attention(q, k, v, window=window, reset=reset))
+            sight: Any = {"causal": self.config.causal, "window": window}
+            y = cast(Array, attention(q, k, v, **sight, reset=reset))
         else:
             y, rings = over_cache(q, k, v, state, index, window)
             length = state["length"] + x.shape[1]

@@ -8,6 +8,12 @@ def retention(heads: int) -> np.ndarray:
     return np.log1p(-(2.0 ** (-5.0 - np.arange(heads))))
 
 
+def vir(heads: int) -> np.ndarray:
+    """log(1 - f_h), f from 1/32 to 1/512 evenly in its logarithm: the authors' code for ViR (and an
+    early RetNet), where the paper has that of `retention`  (arXiv:2310.19731)."""
+    return np.log1p(-np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads)))
+
+
 def alibi_slopes(heads: int) -> np.ndarray:
     """2^(-8 (h + 1) / H); if H is no power of two, those of the power below and then every second
     of the power above  (arXiv:2108.12409)."""

@@ -4,15 +4,19 @@ from .config import LMConfig, ResidualConfig
 from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
-from .presets import PRESETS
+from .presets import PRESETS, VISION_PRESETS
+from .vision import Vision, VisionConfig
 
 __all__ = [
     "LM",
     "PRESETS",
+    "VISION_PRESETS",
     "LMConfig",
     "ResidualConfig",
     "SeriesConfig",
     "SeriesModel",
+    "Vision",
+    "VisionConfig",
     "by_layer",
     "decayed",
     "from_layers",

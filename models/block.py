@@ -19,6 +19,7 @@ from ..layers.mlp import GELU, GLU, GeGLU, SwiGLU
 from ..layers.moe import MoE
 from ..layers.norm import LayerNorm, RMSNorm, SimpleRMSNorm
 from ..layers.retention import Retention
+from ..layers.vir import Vir
 from ..sharding.mesh import refusal
 from .config import BackboneConfig
 from .pattern import Kind, parse
@@ -26,6 +27,7 @@ from .pattern import Kind, parse
 MIXERS = {
     "gla": GLA,
     "retention": Retention,
+    "vir": Vir,
     "lightning": Lightning,
     "mamba": Mamba,
     "mamba2": Mamba2,
@@ -53,7 +55,8 @@ def norm(config: BackboneConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module
 class Block(nnx.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)). Without an MLP the second half is left out.
 
-    `config.residual` weighs these sums, and has them start from norm(x).
+    `config.residual` weighs these sums, has them start from norm(x), and learns a weight for each
+    feature of what is added. Branches are never dropped at random (DropPath).
     """
 
     def __init__(self, config: BackboneConfig, kind: Kind, *, layer: int, rngs: nnx.Rngs):
@@ -73,9 +76,13 @@ class Block(nnx.Module):
         self.mixer_norm = norm(config, kept, rngs)
         mixer = MIXERS[kind.mixer]
         self.mixer = mixer(config.width, getattr(config, kind.mixer), **options)
-        self.mlp = nnx.data(None)
+        self.mlp, self.mixer_scale, self.mlp_scale = (nnx.data(None) for _ in range(3))
         if kind.mlp != "none":
             self.mlp_norm = norm(config, kept, rngs)
+        if (initial := config.residual.scale) is not None:
+            each = functools.partial(jnp.full, config.width, initial, options["param_dtype"])
+            self.mixer_scale = nnx.Param(each())
+            self.mlp_scale = nnx.Param(each()) if kind.mlp != "none" else None
         if kind.mlp == "moe":
             self.mlp = MoE(config.width, config.moe, config.mlp, **options)
         elif kind.mlp != "none":
@@ -91,7 +98,7 @@ class Block(nnx.Module):
         """The stream after this block in its own dtype, the mixer's state, and auxiliary values."""
         h = self.mixer_norm(x)
         y, state = self.mixer(h.astype(self.dtype), state, reset)
-        x, aux = self._sum(x, h, y, self.mixer_factors), {}
+        x, aux = self._sum(x, h, y, self.mixer_factors, self.mixer_scale), {}
         if self.mlp is None:
             return x, state, aux
         h = self.mlp_norm(x)
@@ -99,11 +106,15 @@ class Block(nnx.Module):
             y, aux = self.mlp(h.astype(self.dtype), key)
         else:
             y = self.mlp(h.astype(self.dtype))
-        return self._sum(x, h, y, self.mlp_factors), state, aux
+        return self._sum(x, h, y, self.mlp_factors, self.mlp_scale), state, aux
 
-    def _sum(self, x: Array, h: Array, y: Array, factors: tuple[float, float]) -> Array:
+    def _sum(
+        self, x: Array, h: Array, y: Array, factors: tuple[float, float], scale: nnx.Param | None
+    ) -> Array:
         """alpha x + beta y in the dtype of x; h = norm(x) stands for x in a normed stream."""
         terms = (h if self.normed else x).astype(x.dtype), y.astype(x.dtype)
+        if scale is not None:
+            terms = terms[0], terms[1] * scale[...].astype(x.dtype)
         kept, added = (
             term if factor == 1 else factor * term
             for factor, term in zip(factors, terms, strict=True)

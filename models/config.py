@@ -16,6 +16,7 @@ from ..layers.mamba2 import Mamba2Config
 from ..layers.mlp import MLPConfig
 from ..layers.moe import MoEConfig
 from ..layers.retention import RetentionConfig
+from ..layers.vir import VirConfig
 from .pattern import parse
 
 
@@ -32,6 +33,9 @@ class ResidualConfig:
     """The factors of softmax attention."""
     mlp: tuple[float, float] = (1.0, 1.0)
     """The factors of MLPs and of mixtures of experts."""
+    scale: float | None = None
+    """LayerScale (arXiv:2103.17239): the initial value of what each feature of a branch is then
+    multiplied by, learned for each branch; None: nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class BackboneConfig:
     """Number of blocks."""
     pattern: str = "gla+swiglu"
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
+    vir, lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and after the last: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
@@ -71,6 +75,8 @@ class BackboneConfig:
     """Gated linear attention blocks."""
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     """Retention (RetNet) blocks."""
+    vir: VirConfig = field(default_factory=VirConfig)
+    """Retention (ViR) blocks."""
     lightning: LightningConfig = field(default_factory=LightningConfig)
     """Lightning attention (TransNormerLLM) blocks."""
     mamba: MambaConfig = field(default_factory=MambaConfig)
@@ -132,6 +138,8 @@ class LMConfig(BackboneConfig):
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
         if self.loss_chunk < 0:
             raise ValueError(f"loss_chunk={self.loss_chunk}; it must be 0 (all) or more")
+        if not self.attention.causal:
+            raise ValueError("attention.causal=False shows a language model what it is to predict")
         kinds = parse(self.pattern, self.depth)
         if self.moe.router.kind == "expert-choice" and "moe" in {kind.mlp for kind in kinds}:
             raise ValueError(

@@ -52,6 +52,8 @@ class SeriesConfig(BackboneConfig):
         for name in ("inputs", "outputs", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+        if not self.attention.causal:
+            raise ValueError("attention.causal=False shows a forecast what it is to predict")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"width={self.width} with sinusoidal positions; it must be even")
         if self.moe.router.kind == "expert-choice" and "moe" in {

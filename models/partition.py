@@ -47,12 +47,13 @@ RULES = (
     (r"lightning\.theta", WITHIN),
     (r"aaren\.token", EVERYWHERE),
     (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),
+    (r"(mixer|mlp)_scale", EVERYWHERE),
     (r"embedding", BACK),
     (r"head\.kernel", INTO),
     # what a network over numbers reads and says: a few numbers, which tensor does not cut
     (r"input\.kernel|position", P(None, "fsdp")),
     (r"output\.kernel", P("fsdp")),
-    (r"(input|output)\.bias", EVERYWHERE),
+    (r"(input|output)\.bias|class_token", EVERYWHERE),
 )
 STATES = (  # of every mixer, by what it calls its parts
     (r"k|v", P(ROWS, "seq", "tensor")),

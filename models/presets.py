@@ -1,10 +1,14 @@
 """Models at published sizes. Names are those of the papers; sources stand beside each family."""
 
+import dataclasses
+
 from ..layers.gla import GLAConfig
 from ..layers.lightning import LightningConfig
 from ..layers.mlp import MLPConfig
 from ..layers.retention import RetentionConfig
+from ..layers.vir import VirConfig
 from .config import LMConfig
+from .vision import VisionConfig
 
 
 def _mamba(pattern: str, multiple: int, width: int, depth: int) -> LMConfig:
@@ -89,3 +93,18 @@ PRESETS: dict[str, LMConfig] = {
     "tnl-1b": _tnl(64000, 2048, 16, 5632),
     "tnl-7b": _tnl(64000, 4096, 30, 11008),
 }
+
+
+def _vir(width: int, heads: int) -> VisionConfig:
+    """ViR (arXiv:2310.19731): images of 224 x 224 pixels in patches of 16, 1000 classes, and the
+    decays of the authors' code. RetNet's norm of each head stands for what the paper leaves out."""
+    vir = VirConfig(heads=heads, decay="code")
+    return VisionConfig(
+        width=width,
+        depth=12,
+        vir=vir,
+        attention=dataclasses.replace(VisionConfig().attention, heads=heads),
+    )
+
+
+VISION_PRESETS: dict[str, VisionConfig] = {"vir-s": _vir(384, 6), "vir-b": _vir(768, 12)}

@@ -13,12 +13,14 @@ from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.mamba import Mamba, MambaConfig
 from scanax.layers.mamba2 import Mamba2, Mamba2Config
 from scanax.layers.retention import Retention, RetentionConfig
+from scanax.layers.vir import Vir, VirConfig
 from support.compare import close
 
 WIDTH, BATCH, TIME, CAPACITY = 16, 4, 16, 16
 MIXERS = {
     "gla": (GLA, GLAConfig(heads=2, conv=3)),
     "retention": (Retention, RetentionConfig(heads=2, conv=3)),
+    "vir": (Vir, VirConfig(heads=2)),
     "lightning": (Lightning, LightningConfig(heads=2, lrpe_layers=2)),
     "mamba": (Mamba, MambaConfig(state=4)),
     "jamba": (Mamba, MambaConfig(state=4, dt_rank=3, norm="weighted", bias=True)),

@@ -1,0 +1,210 @@
+"""ViR classifies as well as a ViT of its size, at one speed an image's token (arXiv:2310.19731).
+
+Models of scikit-learn's digits, 16 x 16 pixels in 64 patches, trained alike. Then, untrained, the
+speed and the memory of the same models on images of more patches, and what a stream of patches
+keeps. The class after each row of patches is the recurrent form's.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tqdm
+from flax import nnx
+
+from ...models import Vision, VisionConfig, merge, split
+from .. import flags, panels, timing
+from ..trained import Run, all_evaluated, all_trained, mean_and_spread
+from . import Experiment, Measured, Setting
+
+MODELS = {
+    "ViR": "",
+    "ViR, patches read twice": "--model.bidirectional",
+    "ViT": "--model.pattern attention+gelu",
+    "ViT, causal": "--model.pattern attention+gelu --model.attention.causal",
+}
+COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
+SMALL = "--steps 2 --validate-every 0 --model.depth 1 --model.width 16 --model.image 8 8 "
+SIDES = [8, 16, 32, 64]  # patches along a side
+TOKENS, ROUNDS = 4096, 3  # patches of a run, and how often it is timed for each seed
+COLUMNS = [
+    "model",
+    "patches",
+    "right (%)",
+    "spread (%)",
+    "parameters",
+    "forward (images/s)",
+    "training (images/s)",
+    "spread (images/s)",
+    "forward (MB)",
+    "training (MB)",
+    "state of a stream (kB)",
+]
+
+
+def given(name: str, small: bool) -> tuple[str, ...]:
+    return tuple((COMMON + (SMALL if small else "") + MODELS[name]).split())
+
+
+def config(name: str, small: bool) -> VisionConfig:
+    preset = ["--preset", "vision-digits", "--run", "runs", *given(name, small)]
+    return flags.train(preset).task.model
+
+
+def run(setting: Setting) -> Measured:
+    runs = {
+        (name, seed): Run(
+            "vision-digits",
+            given(name, setting.small),
+            seed,
+            setting.folder / f"{short(name)}-{seed}",
+        )
+        for seed in setting.seeds
+        for name in MODELS
+    }
+    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
+    read = all_evaluated([each.folder for each in runs.values()], at_once=setting.jobs)
+    found, exits = dict(zip(runs, read, strict=True)), {}
+    sides, tokens = ([4], 16) if setting.small else (SIDES, TOKENS)
+    with timing.one_core():
+        bar = tqdm.tqdm(sides, desc="vision: sizes of images", disable=None)
+        speeds = {side: at(side, tokens, setting) for side in bar}
+    rows = []
+    for name in MODELS:
+        right, spread = mean_and_spread(
+            100 * found[name, seed]["heldout"]["accuracy"] for seed in setting.seeds
+        )
+        learned = right, spread, ends[name, setting.seeds[0]]["parameters"]
+        for side in sides:
+            trained = learned if side == sides[0] else (None, None, None)
+            rows.append([name, side**2, *trained, *speeds[side][name]])
+        curves = [found[name, seed].get("early_exit") for seed in setting.seeds]
+        if all(curves):
+            exits[name] = averaged(curves)
+    return {
+        "columns": COLUMNS,
+        "rows": rows,
+        "found": answer(rows),
+        "notes": notes(exits, tokens),
+        "curves": exits,
+    }
+
+
+def short(name: str) -> str:
+    return name.lower().replace(", ", "-").replace(" ", "-")
+
+
+def averaged(curves: list[list[dict]]) -> list[list[float]]:
+    """(patches read, % right, spread), means over the seeds."""
+    points = []
+    for each in zip(*curves, strict=True):
+        mean, spread = mean_and_spread(100 * one["accuracy"] for one in each)
+        points.append([each[0]["patches"], mean, spread or 0.0])
+    return points
+
+
+def at(side: int, tokens: int, setting: Setting) -> dict[str, list]:
+    """By model: speeds forward and in training, their spread, megabytes of each, kB of a state."""
+    rows = max(1, tokens // side**2)
+    programs, found, states = {}, {name: [] for name in MODELS}, {}
+    for name in MODELS:
+        small = config(name, setting.small)
+        sized = dataclasses.replace(small, image=(side * small.patch,) * 2)
+        graphdef, params, rest = split(Vision(sized, rngs=nnx.Rngs(0)))
+        x = jnp.zeros((rows, side**2, small.patch**2 * small.channels), jnp.float32)
+
+        def forward(params, x, graphdef=graphdef, rest=rest):
+            return merge(graphdef, params, rest)(x)
+
+        def training(params, x, forward=forward):
+            return jax.grad(lambda params: jax.nn.logsumexp(forward(params, x), axis=1).sum())(
+                params
+            )
+
+        for way in (forward, training):
+            program = timing.compiled(way, (params, x))
+            programs[name, way.__name__] = program, params
+        states[name] = kilobytes(sized) if sized.streams else None
+    for seed in setting.seeds:
+        x = jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
+        calls = {
+            each: functools.partial(timing.seconds, functools.partial(program, params, x))
+            for each, (program, params) in programs.items()
+        }
+        for (name, way), spent in timing.medians(calls, range(ROUNDS)).items():
+            found[name].append((way, 1e3 * rows / spent))
+    result = {}
+    for name in MODELS:
+        forward, training = (
+            mean_and_spread(speed for way, speed in found[name] if way == wanted)
+            for wanted in ("forward", "training")
+        )
+        memory = [
+            programs[name, way][0].memory_analysis().temp_size_in_bytes / 1e6
+            for way in ("forward", "training")
+        ]
+        result[name] = [forward[0], training[0], training[1], *memory, states[name]]
+    return result
+
+
+def kilobytes(config: VisionConfig) -> float:
+    """Of the state that one image's stream keeps; a cache has room for the whole image."""
+    state = jax.eval_shape(lambda: Vision(config, rngs=nnx.Rngs(0)).init_state(1))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e3
+
+
+def answer(rows: list[list]) -> str:
+    """How many are right, and how much faster the longest images go."""
+    right = ", ".join(
+        f"{row[0]} {row[2]:.1f} %" + (f" ± {row[3]:.1f}" if row[3] is not None else "")
+        for row in rows
+        if row[2] is not None
+    )
+    most = max(row[1] for row in rows)
+    vir, vit = (
+        next(row for row in rows if row[0] == name and row[1] == most) for name in ("ViR", "ViT")
+    )
+    return (
+        f"test images right: {right}; at {most:,} patches ViR trains on {vir[6] / vit[6]:.1f} "
+        f"times as many images a second as ViT, in {vir[9] / vit[9]:.2f} of the memory"
+    )
+
+
+def notes(exits: dict[str, list], tokens: int) -> list[str]:
+    said = [
+        "1,437 images to train on and 360 to test on, of 8 x 8 pixels made 16 x 16, the same split "
+        "for all; float32. Right are the models at the end of their runs; the spread is the "
+        "standard deviation over the seeds. Models are chosen by no test image.",
+        f"Speeds are of untrained models of the same widths on {tokens:,} patches a run, medians "
+        f"of {ROUNDS} in turn, means over the seeds; training is the forward and backward pass. "
+        "Memory is the temporaries that the compiler counts of the same programs. The state is of "
+        "one image, read patch by patch.",
+    ]
+    for name, points in exits.items():
+        first = next((int(n) for n, right, _ in points if right > points[-1][1] - 1), None)
+        said.append(
+            f"{name}, read patch by patch: after {points[0][0]} patches {points[0][1]:.0f} % are "
+            f"right, from {first} on no less than 1 point below what all give. Training asks for "
+            "the class after the last patch only."
+        )
+    return said
+
+
+def draw(measured: Measured, path: Path) -> None:
+    def lines(column):
+        found = {name: [] for name in MODELS}
+        for row in measured["rows"]:
+            found[row[0]].append((row[1], row[column]))
+        return found
+
+    exits = {name: measured["curves"].get(name, []) for name in MODELS}
+    early = panels.Panel("early exit", "patches read", "test images right (%)", exits)
+    size = "patches of an image"
+    speed = panels.Panel("forward and backward", size, "images per second", lines(6), True)
+    memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), True)
+    panels.draw(path, [early, speed, memory])
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)
