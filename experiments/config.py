@@ -16,6 +16,7 @@ from .tasks.events import EventsTask
 from .tasks.forecast import ForecastTask
 from .tasks.lm import LMTask
 from .tasks.recall import RecallTask
+from .tasks.video import VideoTask
 
 TASKS = {
     "lm": LMTask,
@@ -23,6 +24,7 @@ TASKS = {
     "forecast": ForecastTask,
     "events": EventsTask,
     "digits": DigitsTask,
+    "video": VideoTask,
 }
 T = TypeVar("T")
 

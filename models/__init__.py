@@ -5,6 +5,7 @@ from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS
+from .video import Video, VideoConfig
 
 __all__ = [
     "LM",
@@ -13,6 +14,8 @@ __all__ = [
     "ResidualConfig",
     "SeriesConfig",
     "SeriesModel",
+    "Video",
+    "VideoConfig",
     "by_layer",
     "decayed",
     "from_layers",

@@ -18,6 +18,7 @@ from .config import BackboneConfig
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
+CONV = P(None, None, None, "fsdp")  # of frames, whole on every device while it is used
 BOTH = ("tensor", "fsdp")  # of one axis, where the other is too small to be cut
 RULES = (
     # mixers and MLPs: matrices (in, out), then their biases and what else each head or channel has
@@ -44,6 +45,9 @@ RULES = (
     (r"moe\.(gate|up|down)", expert.KERNEL),
     (r"moe\.up_bias", expert.BIAS),
     (r"moe\.(down_bias|router\.\w+)", EVERYWHERE),
+    (r"convlstm\.\w+\.kernel|encoder\.[\w.]*kernel|decoder\.[\w.]*\d\.[\w.]*kernel", CONV),
+    (r"convlstm\.\w+\.bias|(en|de)coder\.[\w.]*", EVERYWHERE),
+    (r"position", EVERYWHERE),
     (r"lightning\.theta", WITHIN),
     (r"aaren\.token", EVERYWHERE),
     (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),
