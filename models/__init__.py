@@ -5,11 +5,12 @@ from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS
-from .video import Video, VideoConfig
+from .video import VIDEO_PRESETS, Video, VideoConfig
 
 __all__ = [
     "LM",
     "PRESETS",
+    "VIDEO_PRESETS",
     "LMConfig",
     "ResidualConfig",
     "SeriesConfig",

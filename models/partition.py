@@ -18,9 +18,15 @@ from .config import BackboneConfig
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
-CONV = P(None, None, None, "fsdp")  # of frames, whole on every device while it is used
+CONV = P(None, None, None, "fsdp")  # height, width, channels in, channels out
 BOTH = ("tensor", "fsdp")  # of one axis, where the other is too small to be cut
 RULES = (
+    # of video: convolutions, whole on every device while they are used
+    (r"(convs5|convlstm)\.\w+\.kernel|encoder\.[\w.]+\.kernel", CONV),
+    (r"decoder\.(stem|blocks\.\d+\.\w+)\.kernel", CONV),
+    (r"(convs5|convlstm)\.(\w+\.bias|\w+\.scale|Lambda_(re|im)|log_step)", EVERYWHERE),
+    (r"encoder\.[\w.]+|decoder\.[\w.]+", EVERYWHERE),  # the last convolution makes few channels
+    (r"position", EVERYWHERE),
     # mixers and MLPs: matrices (in, out), then their biases and what else each head or channel has
     (r"\w+\.(q|k|v|x|z|dt|gate|up)\.kernel", INTO),
     (r"\w+\.(q|k|v|x|z|dt|gate|up)\.bias", WITHIN),
@@ -45,9 +51,6 @@ RULES = (
     (r"moe\.(gate|up|down)", expert.KERNEL),
     (r"moe\.up_bias", expert.BIAS),
     (r"moe\.(down_bias|router\.\w+)", EVERYWHERE),
-    (r"convlstm\.\w+\.kernel|encoder\.[\w.]*kernel|decoder\.[\w.]*\d\.[\w.]*kernel", CONV),
-    (r"convlstm\.\w+\.bias|(en|de)coder\.[\w.]*", EVERYWHERE),
-    (r"position", EVERYWHERE),
     (r"lightning\.theta", WITHIN),
     (r"aaren\.token", EVERYWHERE),
     (r"(\w+\.)?(\w+_)?norm\.(scale|bias)", EVERYWHERE),
@@ -62,7 +65,8 @@ STATES = (  # of every mixer, by what it calls its parts
     (r"k|v", P(ROWS, "seq", "tensor")),
     (r"S|m|u|w", P(ROWS, "tensor")),
     (r"conv(_[qkv])?|[xBC]_conv", P(ROWS, None, "tensor")),
-    (r"length|start|position", P(ROWS)),
+    (r"re|im", P(ROWS, None, None, "tensor")),
+    (r"length|start|position|h|c", P(ROWS)),
 )
 
 
