@@ -69,7 +69,9 @@ def test_a_stream_in_pieces_is_the_whole_and_causal(pattern):
 def test_generated_frames_are_predictions_fed_back(pattern):
     """Causal, so that one length serves all: what is not known yet changes nothing."""
     graphdef, params, rest = parts(pattern)
-    made = jax.jit(lambda p, x: merge(graphdef, p, rest).generate(x, T - 2))(params, frames()[:, :2])
+    made = jax.jit(lambda p, x: merge(graphdef, p, rest).generate(x, T - 2))(
+        params, frames()[:, :2]
+    )
     x = frames()
     for t in range(2, T):
         after, _ = forward(pattern)(params, x, None)
