@@ -1,4 +1,4 @@
-"""Convolution of frames whose gradients are quick on a CPU inside loops too, where XLA's are not."""
+"""Convolution of frames, its gradients quick on a CPU inside loops too, where XLA's are not."""
 
 import jax
 from jaxtyping import Array, Float

@@ -3,7 +3,7 @@
 from scanax.experiments.config import TrainConfig
 from scanax.experiments.optimizer import OptimizerConfig
 from scanax.experiments.tasks.video import VideoTask
-from scanax.layers import ConvLSTMConfig, ConvS5Config
+from scanax.layers import ConvLSTMConfig, ConvS5Config, MLPConfig
 from scanax.models import VideoConfig
 
 config = TrainConfig(
@@ -16,6 +16,7 @@ config = TrainConfig(
             width=32,
             depth=3,
             convs5=ConvS5Config(block="resnet", groups=8),
+            mlp=MLPConfig(hidden=512),
             convlstm=ConvLSTMConfig(hidden=20),
         ),
     ),

@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-import itertools
-import time
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...models import Video, VideoConfig, merge, split
+from ...models import Video, VideoConfig
 from .. import film
 from ..bouncing import clips, digits
+from ..rollouts import by_frame, generated, seconds_per_frame
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 
@@ -112,7 +110,8 @@ class VideoTask(ModelTask):
         frames = self.condition + self.rollout
         truth = self.clips((2, 0, 0), range(self.rollouts), frames, True)
         given, truth = truth[:, : self.condition], truth[:, self.condition :]
-        made, seconds = rolled(model, given, self.rollout)
+        made = generated(model, given, self.rollout)
+        seconds = seconds_per_frame(model, given, self.rollout)
         ordinary = self.batch((3, 0, 0), False)["targets"].mean((0, 1))
         errors = {
             "model": by_frame(made, truth),
@@ -136,54 +135,3 @@ class VideoTask(ModelTask):
         times = [dict(zip(("from", "to", "seconds"), one, strict=True)) for one in seconds]
         about = {"condition": self.condition, "clips": self.rollouts, "mse": rounded}
         return {"rollout": about | {"seconds_per_frame": times}}
-
-
-def by_frame(made: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Squared error of each frame, a mean over clips and pixels."""
-    return ((made - truth) ** 2).mean((0, 2, 3, 4))
-
-
-def rolled(
-    model: Video, given: np.ndarray, count: int
-) -> tuple[np.ndarray, list[tuple[int, int, float]]]:
-    """`count` frames after those given, and (first, last, seconds a frame of one clip).
-
-    Times are of one clip, in segments that double, each with caches of the length that it ends at:
-    what a program costs that keeps no more than it needs.
-    """
-    graphdef, *variables = split(model)
-    reader = jax.jit(lambda variables, *given: merge(graphdef, *variables)(*given))
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def roll(variables, frame, state, count):
-        return merge(graphdef, *variables).roll(frame, state, count)
-
-    def start(frames, room):
-        after, state = reader(variables, frames, model.init_state(len(frames), room))
-        return after[:, -1:], state
-
-    frames = jnp.asarray(given)
-    made, *_ = roll(variables, *start(frames, given.shape[1] + count), count)
-    ends = itertools.accumulate(itertools.repeat(2), lambda n, _: 2 * n, initial=SEGMENT)
-    ends = [*itertools.takewhile(lambda end: end < count, ends), count]
-    one, before, times = frames[:1], 0, []
-    frame, state = start(one, given.shape[1] + ends[0])
-    for end in ends:
-        state = grown(state, model.init_state(1, given.shape[1] + end))
-        each = []
-        for _ in range(3):  # the first compiles
-            begun = time.perf_counter()
-            after = jax.block_until_ready(roll(variables, frame, state, end - before))
-            each.append((time.perf_counter() - begun) / (end - before))
-        times.append((before + 1, end, min(each)))
-        before, (_, frame, state) = end, after
-    return np.asarray(made, np.float32), times
-
-
-def grown(state: Any, empty: Any) -> Any:
-    """The state in the arrays of a later, larger one: caches that have more room."""
-
-    def put(x, room):
-        return room.at[tuple(slice(0, n) for n in x.shape)].set(x)
-
-    return jax.tree.map(put, state, empty)

@@ -87,7 +87,7 @@ def test_bfloat16_keeps_a_float32_state():
 
 
 def test_rows_divide_over_devices_and_time_does_not(unchecked):
-    call, layer, x, reset = case()
+    _, layer, x, reset = case()
     graph, params = nnx.split(layer)
 
     def loss(params, x):

@@ -151,7 +151,7 @@ def test_the_presets_are_those_of_the_paper(name, width):
     ("change", "says"),
     [
         ({"size": (8, 10)}, r"size=\(8, 10\) does not divide by 4"),
-        ({"stages": (4, 6), "groups": 4}, r"groups=4 do not divide stages=\(4, 6\)"),
+        ({"patch": 1, "stages": (4, 6), "groups": 4}, r"groups=4 do not divide stages=\(4, 6\)"),
         ({"stages": ()}, "stages=.* at least one"),
         ({"patch": 0}, "patch=0; it must be at least 1"),
         ({"pattern": "convs5+gelu"}, "convs5 stands alone, without .gelu"),
