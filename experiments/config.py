@@ -16,6 +16,7 @@ from .tasks.events import EventsTask
 from .tasks.forecast import ForecastTask
 from .tasks.lm import LMTask
 from .tasks.recall import RecallTask
+from .tasks.video import VideoTask
 from .tasks.vision import VisionTask
 
 TASKS = {
@@ -25,6 +26,7 @@ TASKS = {
     "events": EventsTask,
     "digits": DigitsTask,
     "vision": VisionTask,
+    "video": VideoTask,
 }
 T = TypeVar("T")
 

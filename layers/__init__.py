@@ -8,6 +8,7 @@ from .aaren import Aaren, AarenConfig
 from .attention import Attention, AttentionConfig
 from .constant import Constant
 from .conv import ShortConv
+from .convlstm import ConvLSTM, ConvLSTMConfig
 from .convs5 import ConvS5, ConvS5Config
 from .gla import GLA, GLAConfig
 from .image import ImageConv
@@ -30,6 +31,8 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "Constant",
+    "ConvLSTM",
+    "ConvLSTMConfig",
     "ConvS5",
     "ConvS5Config",
     "GLAConfig",

@@ -1,11 +1,11 @@
 """Convolutions over the height and width of images in time, each image alone."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..kernels import convolution
 from ..sharding import sequence
 
 
@@ -18,18 +18,7 @@ def convolve(
     is, and the kernel lies whole on every device.
     """
 
-    def each(x, kernel):
-        y = jax.lax.conv_general_dilated(
-            x.reshape(-1, *x.shape[2:]),
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
-        )
-        return y.reshape(*x.shape[:2], *y.shape[1:])
-
-    return sequence.run_each(each, x, kernel)
+    return sequence.run_each(convolution.convolve, x, kernel)
 
 
 class Kernel(nnx.Module):
@@ -40,7 +29,8 @@ class Kernel(nnx.Module):
 
 
 class ImageConv(nnx.Module):
-    """convolve(x, kernel) + bias, in `dtype`; the kernel starts LeCun-normal, the bias zero."""
+    """convolve(x, kernel) + bias, in `dtype`; the kernel starts normal with variance
+    gain / inputs of a sum (LeCun's if 1), the bias zero."""
 
     def __init__(
         self,
@@ -48,15 +38,18 @@ class ImageConv(nnx.Module):
         dout: int,
         size: int = 3,
         *,
+        gain: float = 1.0,
+        use_bias: bool = True,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
-        draw = nnx.initializers.lecun_normal()
+        draw = nnx.initializers.variance_scaling(gain, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(draw(rngs.params(), (size, size, din, dout), param_dtype))
-        self.bias = nnx.Param(jnp.zeros(dout, param_dtype))
+        bias = nnx.Param(jnp.zeros(dout, param_dtype)) if use_bias else None
+        self.bias = nnx.data(bias)
 
     def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
         y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)

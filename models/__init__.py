@@ -5,16 +5,20 @@ from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
 from .presets import PRESETS, VISION_PRESETS
+from .video import VIDEO_PRESETS, Video, VideoConfig
 from .vision import Vision, VisionConfig
 
 __all__ = [
     "LM",
     "PRESETS",
+    "VIDEO_PRESETS",
     "VISION_PRESETS",
     "LMConfig",
     "ResidualConfig",
     "SeriesConfig",
     "SeriesModel",
+    "Video",
+    "VideoConfig",
     "Vision",
     "VisionConfig",
     "by_layer",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ..sharding import matmul, mesh, pipeline, schedule
 from .block import abstract, norm, runs, stack, stream_dtype
 from .config import BackboneConfig
+from .pattern import FRAMES, parse
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -35,7 +36,9 @@ class Backbone(nnx.Module):
         self.config = config
         key = rngs.params()
         self.blocks = nnx.List([stack(config, run, key) for run in runs(config)])
-        self.norm = norm(config, jnp.dtype(config.dtype), rngs)
+        self.norm = nnx.data(None)
+        if parse(config.pattern, config.depth)[-1].mixer not in FRAMES:  # they end with a norm
+            self.norm = norm(config, jnp.dtype(config.dtype), rngs)
 
     def init_state(self, batch: int, max_length: int) -> tuple:
         """The state before any token; caches have room for `max_length` tokens."""
@@ -49,11 +52,11 @@ class Backbone(nnx.Module):
 
     def mix(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T *S D"],
         state: tuple | None = None,
         reset: Bool[Array, "B T"] | None = None,
         key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple, dict[str, Array]]:
+    ) -> tuple[Float[Array, "B T *S D"], tuple, dict[str, Array]]:
         """The stream x after the blocks and the norm, the state, and auxiliary values."""
         config = self.config
         if state is not None and len(state) != config.depth:
@@ -78,7 +81,8 @@ class Backbone(nnx.Module):
         each = {}
         for layers, after in zip(order, states, strict=True):
             each |= {layer: _layer(after, i) for i, layer in enumerate(layers)}
-        return self.norm(x), tuple(each[layer] for layer in range(config.depth)), _join(order, aux)
+        x = x.astype(config.dtype) if self.norm is None else self.norm(x)
+        return x, tuple(each[layer] for layer in range(config.depth)), _join(order, aux)
 
     def _pipeline(self, structures, blocks, x: Array, state: list | None, reset: Array | None):
         how, (stages, rounds) = schedule.in_force(), self.config.pipeline

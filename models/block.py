@@ -1,5 +1,6 @@
 """One block of a network, and runs of identical blocks stacked along a leading layer axis."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from ..layers.aaren import Aaren
 from ..layers.attention import Attention
+from ..layers.convlstm import ConvLSTM
+from ..layers.convs5 import ConvS5
 from ..layers.depth import Depth
 from ..layers.gla import GLA
 from ..layers.lightning import Lightning
@@ -34,6 +37,7 @@ MIXERS = {
     "aaren": Aaren,
     "attention": Attention,
 }
+FRAMES = {"convs5": ConvS5, "convlstm": ConvLSTM}
 MLPS = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GELU, "glu": GLU}
 
 
@@ -122,6 +126,27 @@ class Block(nnx.Module):
         return kept + added
 
 
+class FrameBlock(nnx.Module):
+    """x = mixer(x) for a mixer of frames, which has its residual, norm and nonlinearity inside."""
+
+    def __init__(self, config: BackboneConfig, kind: Kind, *, rngs: nnx.Rngs):
+        self.dtype = jnp.dtype(config.dtype)
+        kinds = {"dtype": self.dtype, "param_dtype": jnp.dtype(config.param_dtype), "rngs": rngs}
+        own = dataclasses.replace(getattr(config, kind.mixer), image=config.frame)
+        self.mixer = FRAMES[kind.mixer](config.width, own, **kinds)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T H W D"],
+        state: Any = None,
+        reset: Bool[Array, "B T"] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T H W D"], Any, dict[str, Array]]:
+        del key
+        y, state = self.mixer(x.astype(self.dtype), state, reset)
+        return y.astype(x.dtype), state, {}
+
+
 class Run(NamedTuple):
     """Consecutive blocks that differ in nothing but the values of their variables.
 
@@ -196,7 +221,9 @@ def _name(kind: Kind) -> str:
     return kind.mixer if kind.mlp == "none" else f"{kind.mixer}+{kind.mlp}"
 
 
-def _build(config: BackboneConfig, kind: Kind, layer: int, key: Array | int = 0) -> Block:
+def _build(config: BackboneConfig, kind: Kind, layer: int, key: Array | int = 0) -> Any:
+    if kind.mixer in FRAMES:
+        return FrameBlock(config, kind, rngs=nnx.Rngs(key))
     return Block(config, kind, layer=layer, rngs=nnx.Rngs(key))
 
 
@@ -222,7 +249,7 @@ def _drawer(config: BackboneConfig, run: Run):
     return jax.jit(draw)
 
 
-def stack(config: BackboneConfig, run: Run, key: Array) -> Block:
+def stack(config: BackboneConfig, run: Run, key: Array) -> Any:
     """The blocks of a run as one Block whose variables have a leading layer axis.
 
     Parameters are drawn for all layers at once: their distributions may depend on the number of

@@ -17,7 +17,7 @@ from ..layers.mlp import MLPConfig
 from ..layers.moe import MoEConfig
 from ..layers.retention import RetentionConfig
 from ..layers.vir import VirConfig
-from .pattern import parse
+from .pattern import FRAMES, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,11 @@ class BackboneConfig:
         mixers = {kind.mixer for kind in parse(self.pattern, self.depth)}
         return "attention" in mixers and self.attention.window is None
 
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """Height and width of a token of the stream, where tokens are frames (B, T, H, W, D)."""
+        return None
+
     def __post_init__(self):
         for each in dataclasses.fields(self):
             value, known = getattr(self, each.name), get_args(each.type)
@@ -104,6 +109,9 @@ class BackboneConfig:
         for each in dataclasses.fields(self):
             _check_numbers(each.name, getattr(self, each.name))
         kinds = parse(self.pattern, self.depth)
+        for kind in kinds:
+            if kind.mixer in FRAMES and self.frame is None:
+                raise ValueError(f"pattern {self.pattern!r}: {kind.mixer} is for frames of a video")
         used = {"attention" if kind.mixer == "attention" else "linear" for kind in kinds}
         used |= {"mlp" for kind in kinds if kind.mlp != "none"}
         for name in {"linear", "attention", "mlp"} - used:

@@ -75,7 +75,7 @@ def from_layers(
     params: dict[str, Any] = {"blocks": {}}
     for name, leaf in flat.items():
         if not name.startswith("layers."):
-            put(params, name.split("."), leaf)
+            put(params, [int(part) if part.isdigit() else part for part in name.split(".")], leaf)
     for index, run in enumerate(runs(config)):
         params["blocks"][index] = {}
         first = f"layers.{run.layers[0]}."

@@ -18,8 +18,15 @@ from .config import BackboneConfig
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
+CONV = P(None, None, None, "fsdp")  # height, width, channels in, channels out
 BOTH = ("tensor", "fsdp")  # of one axis, where the other is too small to be cut
 RULES = (
+    # of video: convolutions, whole on every device while they are used
+    (r"(convs5|convlstm)\.\w+\.kernel|encoder\.[\w.]+\.kernel", CONV),
+    (r"decoder\.(stem|blocks\.\d+\.\w+)\.kernel", CONV),
+    (r"(convs5|convlstm)\.(\w+\.bias|\w+\.scale|Lambda_(re|im)|log_step)", EVERYWHERE),
+    (r"encoder\.[\w.]+|decoder\.[\w.]+", EVERYWHERE),  # the last convolution makes few channels
+    (r"position", EVERYWHERE),
     # mixers and MLPs: matrices (in, out), then their biases and what else each head or channel has
     (r"\w+\.(q|k|v|x|z|dt|gate|up)\.kernel", INTO),
     (r"\w+\.(q|k|v|x|z|dt|gate|up)\.bias", WITHIN),
@@ -59,7 +66,8 @@ STATES = (  # of every mixer, by what it calls its parts
     (r"k|v", P(ROWS, "seq", "tensor")),
     (r"S|m|u|w", P(ROWS, "tensor")),
     (r"conv(_[qkv])?|[xBC]_conv", P(ROWS, None, "tensor")),
-    (r"length|start|position", P(ROWS)),
+    (r"re|im", P(ROWS, None, None, "tensor")),
+    (r"length|start|position|h|c", P(ROWS)),
 )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 MIXERS = ("gla", "retention", "vir", "lightning", "mamba", "mamba2", "aaren", "attention")
+FRAMES = ("convs5", "convlstm")  # whose tokens are frames
 MLPS = ("swiglu", "geglu", "gelu", "glu", "moe", "none")
 
 
@@ -18,7 +19,8 @@ class Kind(NamedTuple):
 def parse(pattern: str, depth: int) -> tuple[Kind, ...]:
     """The blocks of `mixer[+mlp][*n]`, comma separated, repeated until there are `depth` of them.
 
-    A mixer without `+mlp` stands alone, as `+none` does; the last repetition may end early. Raises
+    A mixer without `+mlp` stands alone, as `+none` does, and a mixer of frames always: its block
+    has all that it needs. The last repetition may end early. Raises
     ValueError for an unknown name, an empty entry, a count below 1 and a pattern longer than depth.
     """
     if depth < 1:
@@ -40,12 +42,13 @@ def _entry(entry: str, pattern: str) -> list[Kind]:
     mixer, plus, mlp = (part.strip() for part in block.partition("+"))
     if not mixer or (plus and not mlp):
         raise ValueError(f"{entry!r} in pattern {pattern!r} is incomplete; write mixer[+mlp][*n]")
-    if mixer not in MIXERS:
-        raise ValueError(
-            f"mixer {mixer!r} in pattern {pattern!r} is not one of {', '.join(MIXERS)}"
-        )
+    if mixer not in MIXERS + FRAMES:
+        known = f"{', '.join(MIXERS)}, nor of frames {', '.join(FRAMES)}"
+        raise ValueError(f"mixer {mixer!r} in pattern {pattern!r} is not one of {known}")
     if plus and mlp not in MLPS:
         raise ValueError(f"mlp {mlp!r} in pattern {pattern!r} is not one of {', '.join(MLPS)}")
     if star and not (count.isdecimal() and int(count) > 0):
         raise ValueError(f"count {count!r} in pattern {pattern!r} is not a whole number from 1 up")
+    if mixer in FRAMES and mlp not in ("", "none"):
+        raise ValueError(f"{entry!r} in pattern {pattern!r}: {mixer} stands alone, without +{mlp}")
     return [Kind(mixer, mlp or "none")] * int(count or 1)

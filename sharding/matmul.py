@@ -28,7 +28,7 @@ def rings(x: Float[Array, "..."]) -> bool:
     return asked and x.ndim == 3 and x.shape[1] > 1
 
 
-def stream(x: Float[Array, "B T D"]) -> Any:
+def stream(x: Float[Array, "B T *S D"]) -> Any:
     """The axes that the time of the residual stream lies over. ValueError if it does not divide."""
     if not rings(x):
         return mesh.over_time(x.shape[1])

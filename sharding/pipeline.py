@@ -46,14 +46,14 @@ def check(rows: int, microbatches: int) -> None:
 def run(
     part: Callable,
     weights: Any,
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B T *S D"],
     state: Any,
     reset: Bool[Array, "B T"] | None,
     *,
     rounds: int,
     microbatches: int,
     policy: Callable | None = None,
-) -> tuple[Float[Array, "B T D"], Any, Any]:
+) -> tuple[Float[Array, "B T *S D"], Any, Any]:
     """(y, state, aux): x through part(weights, x, state, reset, microbatch) -> (x, state, aux).
 
     Leaves of weights lead with stages * rounds * n, of state with stages * rounds * n, B, by stage,

@@ -1,0 +1,149 @@
+"""ConvS5 rolls out further than ConvLSTM and attention, at one time a frame (arXiv:2310.19694).
+
+Models of equal size learn to predict the next frame of bouncing digits, and are rolled out: error
+of held-out clips by horizon. And each, with random weights, generates frames: the time of one by
+horizon.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ...models import Video
+from .. import flags, panels, timing
+from ..rollouts import seconds_per_frame
+from ..trained import Run, all_evaluated, all_trained, mean_and_spread
+from . import Experiment, Measured, Setting
+
+PRESET = "video-bouncing"
+MODELS = {
+    "ConvS5": "--model.pattern convs5",
+    "ConvLSTM": "--model.pattern convlstm",
+    "attention": "--model.pattern attention+gelu",
+}
+COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
+SMALL = "--steps 2 --validate-every 0 --rows 2 --frames 4 --heldout-batches 1 --condition 4 "
+SMALL += "--rollout 16 --rollouts 2 --model.width 8 --model.stages 8 --model.depth 1 "
+HORIZONS = (1, 4, 16, 64)
+TIMED = 256  # frames
+WITHIN = 0.03
+COLUMNS = [
+    "model",
+    *(f"error {h} frame{'s' * (h > 1)} ahead" for h in HORIZONS),
+    f"spread at {HORIZONS[-1]}",
+    "time of frames 1 to 16 (ms/frame)",
+    f"time of the last frames of {TIMED} (ms/frame)",
+    "parameters",
+    "time of a run (s)",
+]
+
+
+def given(name: str, setting: Setting) -> tuple[str, ...]:
+    return tuple(f"{COMMON}{MODELS[name]} {SMALL if setting.small else ''}".split())
+
+
+def run(setting: Setting) -> Measured:
+    runs = {
+        (name, seed): Run(PRESET, given(name, setting), seed, setting.folder / f"{short}-{seed}")
+        for seed in setting.seeds
+        for name in MODELS
+        for short in [name.lower()]
+    }
+    tasks = {name: flags.train(["--preset", PRESET, *given(name, setting)]).task for name in MODELS}
+    sizes = {name: parameters(task) for name, task in tasks.items()}
+    for name, size in sizes.items():
+        if not setting.small and abs(size / sizes["ConvS5"] - 1) > WITHIN:
+            raise ValueError(f"{name} has {size:,} parameters, ConvS5 {sizes['ConvS5']:,}")
+    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
+    folders = [run.folder for run in runs.values()]
+    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
+    curves, times = {}, timed(tasks, setting)
+    for name in MODELS:
+        errors = [found[name, seed]["rollout"]["mse"]["model"] for seed in setting.seeds]
+        curves[name] = [
+            (h, mean, spread or 0.0)
+            for h, each in enumerate(zip(*errors, strict=True), 1)
+            for mean, spread in [mean_and_spread(each)]
+        ]
+    first = found[next(iter(runs))]["rollout"]["mse"]
+    for name in ("the last frame, copied", "the mean of all frames"):
+        curves[name] = [(h, error) for h, error in enumerate(first[name], 1)]
+    rows = []
+    for name in MODELS:
+        at = [curves[name][min(h, len(curves[name])) - 1] for h in HORIZONS]
+        spread = at[-1][2] if len(setting.seeds) > 1 else None
+        seconds, _ = mean_and_spread(ends[name, seed]["seconds"] for seed in setting.seeds)
+        each = times[name][0][1], times[name][-1][1]
+        rows.append([name, *(error for _, error, _ in at), spread, *each, sizes[name], seconds])
+    measured = {"columns": COLUMNS, "rows": rows, "curves": curves, "times": times}
+    return measured | {"found": answer(rows), "notes": notes(tasks["ConvS5"], curves)}
+
+
+def parameters(task) -> int:
+    shapes = nnx.eval_shape(lambda: task.build(nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+
+def timed(tasks: dict, setting: Setting) -> dict[str, list[list[float]]]:
+    """By model (last frame of a segment, milliseconds a frame, spread over the seeds)."""
+    curves = {}
+    with timing.one_core():
+        for name, task in tasks.items():
+            clip = np.zeros((1, task.condition, *task.model.size, 1), np.float32)
+            count, each = (task.rollout if setting.small else TIMED), []
+            for seed in setting.seeds:
+                model = Video(task.model, rngs=nnx.Rngs(seed))
+                each.append(seconds_per_frame(model, clip, count))
+            curves[name] = []
+            for same in zip(*each, strict=True):
+                mean, spread = mean_and_spread(1e3 * seconds for *_, seconds in same)
+                curves[name].append([same[0][1], mean, spread or 0.0])
+    return curves
+
+
+def answer(rows: list[list]) -> str:
+    """The errors at the longest horizon, and how much longer a late frame takes than an early."""
+    at = len(HORIZONS)
+    errors = ", ".join(f"{row[0]} {row[at]:.3f}" for row in rows)
+    growth = ", ".join(f"{row[0]} {row[at + 3] / row[at + 2]:.1f}" for row in rows)
+    return (
+        f"{HORIZONS[-1]} frames ahead the squared error of a pixel is {errors}; a frame at the end "
+        f"of {TIMED} takes so many times as long as one of the first 16: {growth}"
+    )
+
+
+def notes(task, curves: dict) -> list[str]:
+    ends = {name: points[-1][1] for name, points in curves.items()}
+    said = [
+        f"{task.digits} digits of scikit-learn's in frames of {task.model.size[0]} x "
+        f"{task.model.size[1]}, pixels from -1 to 1; {task.rows} clips of {task.frames} frames a "
+        f"step, the same steps and AdamW for all; {task.condition} frames are given, those held "
+        "out of digits that no run trains on. Means over the seeds; the spread is the standard "
+        "deviation over them. A transformer's token sees no later place of its own frame.",
+        f"The last frame, copied, has an error of {ends['the last frame, copied']:.3f} at the end, "
+        f"the mean of all frames {ends['the mean of all frames']:.3f}.",
+        "Times are of one clip on one core, random weights; attention's cache has room for the "
+        "frames up to the end of the segment that is timed.",
+    ]
+    return said
+
+
+def draw(measured: Measured, path: Path) -> None:
+    errors = {
+        name: [tuple(point) for point in points if point[0] in (1, 2, 4) or point[0] % 8 == 0]
+        for name, points in measured["curves"].items()
+    }
+    times = {name: [tuple(p) for p in points] for name, points in measured["times"].items()}
+    horizon = "horizon (frames)"
+    panels.draw(
+        path,
+        [
+            panels.Panel("error of roll-outs", horizon, "mean squared error of a pixel", errors),
+            panels.Panel("time of a generated frame", horizon, "milliseconds", times, True),
+        ],
+    )
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)
