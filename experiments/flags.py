@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-from ..models.presets import PRESETS, VISION_PRESETS
+from ..models.presets import PRESETS, VIDEO_PRESETS, VISION_PRESETS
 from ..models.pretrained.compare import difference
 from .config import TrainConfig, read, task_name
 from .data import are_arrays
@@ -21,7 +21,7 @@ from .loading import Found, find
 from .tasks.lm import LMTask
 
 ENDS = ("steps", "minutes")
-SIZES = PRESETS | VISION_PRESETS
+SIZES = PRESETS | VISION_PRESETS | VIDEO_PRESETS
 COMPUTED = ("dtype", "param_dtype", "remat", "loss_chunk", "vocab_multiple")
 
 
@@ -132,7 +132,8 @@ def preset(name: str) -> TrainConfig:
         return module.config
     if name not in SIZES:
         raise ValueError(f"preset {name!r} is not one of {', '.join([*files(), *SIZES])}")
-    config = preset("vision-digits" if name in VISION_PRESETS else "stdlib")
+    of_kind = {"vision-digits": VISION_PRESETS, "video-bouncing": VIDEO_PRESETS}
+    config = preset(next((base for base, sizes in of_kind.items() if name in sizes), "stdlib"))
     return dataclasses.replace(config, task=dataclasses.replace(config.task, model=SIZES[name]))
 
 

@@ -4,8 +4,8 @@ from .config import LMConfig, ResidualConfig
 from .forecasting import SeriesConfig, SeriesModel
 from .layout import by_layer, decayed, from_layers, merge, rebalanced, split
 from .lm import LM
-from .presets import PRESETS, VISION_PRESETS
-from .video import VIDEO_PRESETS, Video, VideoConfig
+from .presets import PRESETS, VIDEO_PRESETS, VISION_PRESETS
+from .video import Video, VideoConfig
 from .vision import Vision, VisionConfig
 
 __all__ = [

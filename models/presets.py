@@ -8,6 +8,7 @@ from ..layers.mlp import MLPConfig
 from ..layers.retention import RetentionConfig
 from ..layers.vir import VirConfig
 from .config import LMConfig
+from .video import VideoConfig
 from .vision import VisionConfig
 
 
@@ -108,3 +109,15 @@ def _vir(width: int, heads: int) -> VisionConfig:
 
 
 VISION_PRESETS: dict[str, VisionConfig] = {"vir-s": _vir(384, 6), "vir-b": _vir(768, 12)}
+
+
+def _moving_mnist(width: int) -> VideoConfig:
+    """Two digits in frames of 64 x 64 (arXiv:2310.19694, table 9): 16 x 16 places, eight layers."""
+    return VideoConfig(width=width, depth=8)
+
+
+VIDEO_PRESETS: dict[str, VideoConfig] = {
+    # named for the frames of a training clip; each is asked for 1,200 frames more
+    "convs5-moving-mnist-300": _moving_mnist(256),
+    "convs5-moving-mnist-600": _moving_mnist(128),
+}

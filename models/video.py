@@ -138,15 +138,3 @@ class Video(Backbone):
 
         (frame, state), frames = jax.lax.scan(step, (frame, state), length=count)
         return jnp.moveaxis(frames, 0, 1), frame, state
-
-
-def _moving_mnist(width: int) -> VideoConfig:
-    """Two digits in frames of 64 x 64 (arXiv:2310.19694, table 9): 16 x 16 places, eight layers."""
-    return VideoConfig(width=width, depth=8)
-
-
-VIDEO_PRESETS: dict[str, VideoConfig] = {
-    # named for the frames of a training clip; each is asked for 1,200 frames more
-    "convs5-moving-mnist-300": _moving_mnist(256),
-    "convs5-moving-mnist-600": _moving_mnist(128),
-}
