@@ -5,7 +5,9 @@
 Other mixers by --model.pattern: gla, retention, mamba2, aaren, attention; `evaluate` writes the
 bytes of the state and draws the curve over the number of pairs.
 
-FIGURES
+One core of an EPYC, busy, seed 0, held-out answers right in trials of 1000 steps, where none has
+come far: gla 26 % (75 ms of its time a step), mamba 14 % (115 ms), attention 9 % (29 ms); a guess
+among the values of the row is 6 %. All 5000 steps, and other sizes of state, are not measured.
 """
 
 from scanax.experiments.config import TrainConfig
@@ -31,7 +33,7 @@ config = TrainConfig(
             attention=AttentionConfig(heads=2),
         ),
     ),
-    steps=2000,
+    steps=5000,
     validate_every=500,
     optimizer=OptimizerConfig(rate=4e-3, warmup=20),
 )
