@@ -25,7 +25,7 @@ def test_a_pattern_is_repeated_to_depth(pattern, depth, expected):
         ("", "incomplete"),
         ("gla+swiglu,", "incomplete"),
         ("gla+", "incomplete"),
-        ("lstm+swiglu", "'lstm' .* gla, retention, vir, lightning, mamba, mamba2, aaren, attention"),
+        ("lstm+swiglu", "'lstm' .* gla, retention, vir, lightning, mamba, mamba2, aaren, att"),
         ("gla+relu", "'relu' .* swiglu, geglu, gelu, glu, moe, none"),
         ("gla+swiglu*0", "'0' .* from 1 up"),
         ("gla+swiglu*", "'' .* from 1 up"),
