@@ -176,8 +176,8 @@ def notes(exits: dict[str, list], tokens: int) -> list[str]:
     said = [
         "1,437 images to train on and 360 to test on, of 8 x 8 pixels made 16 x 16, the same split "
         "for all; float32. Right are the models at the end of their runs; the spread is the "
-        "standard deviation over the seeds. The settings, the same for all four, were chosen with the "
-        "accuracy of seed 0 on the test images in sight, so the levels are optimistic.",
+        "standard deviation over the seeds. The settings, the same for all four, were chosen with "
+        "the accuracy of seed 0 on the test images in sight, so the levels are optimistic.",
         f"Speeds are of untrained models of the same widths on {tokens:,} patches a run, medians "
         f"of {ROUNDS} in turn, means over the seeds; training is the forward and backward pass. "
         "Memory is the temporaries that the compiler counts of the same programs. The state is of "

@@ -121,12 +121,12 @@ def test_steps_and_minutes_whichever_is_further_on(minutes, steps, part):
     assert train.progress(settings, 5, 60.0) == part
 
 
-@pytest.mark.parametrize("name", flags.files() + list(flags.PRESETS))
+@pytest.mark.parametrize("name", flags.files() + list(flags.SIZES))
 def test_every_preset_can_be_overridden_and_read_back(name):
-    made = flags.train(["--preset", name, "--model.init-std", "0.25", "--steps", "7"])
-    assert (made.steps, made.minutes, made.task.model.init_std) == (7, None, 0.25)
+    made = flags.train(["--preset", name, "--model.norm-eps", "0.25", "--steps", "7"])
+    assert (made.steps, made.minutes, made.task.model.norm_eps) == (7, None, 0.25)
     original = flags.preset(name).task.model
-    assert dataclasses.replace(made.task.model, init_std=original.init_std) == original
+    assert dataclasses.replace(made.task.model, norm_eps=original.norm_eps) == original
     assert config.from_json(json.loads(json.dumps(config.to_json(made)))) == made
 
 
