@@ -31,8 +31,8 @@ def test_the_list_has_the_name_and_the_claim_of_each(capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", "name what to measure: decode, language, lightning"),
-        ("lightening --out OUT", "experiment 'lightening' is not one of decode, language"),
+        ("", "name what to measure: "),
+        ("lightening --out OUT", "experiment 'lightening' is not one of "),
         ("lightning --small", "--small measures nothing: name another place for it with --out"),
         ("lightning --out OUT/none", "OUT/none; name one with --out DIR"),
         ("lightning --seeds 0 0 --out OUT", "--seeds (0, 0): one or more are needed, each once"),
