@@ -17,11 +17,11 @@ import tqdm
 from flax import nnx
 
 from ...models import LM, LMConfig, merge, split
-from ...models.pattern import MIXERS
 from .. import panels, timing
 from ..trained import mean_and_spread
 from . import Experiment, Measured, Setting
 
+MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
 CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once

@@ -185,7 +185,8 @@ def draw(measured: Measured, path: Path) -> None:
             for name, rows in forms.items()
         }
 
-    length = "length of a row (tokens)"
+    tokens = measured["rows"][0][1] * measured["rows"][0][2]
+    length = f"length of a row (tokens; {tokens:,} a run, or one row)"
     speed = panels.Panel(
         "speed, forward and backward", length, "tokens per second", lines(4, True), True
     )
