@@ -3,9 +3,9 @@
     python -m scanax.experiments.train --preset video-bouncing
     python -m scanax.experiments.evaluate --checkpoint runs/video-bouncing
 
-Others of equal size: `--model.pattern convlstm`, and `--model.pattern attention+gelu`, a transformer
-over the places of all frames. `evaluate` rolls them out: errors and seconds by frame, a film strip
-and a GIF. What they reach is not measured yet.
+Others of equal size: `--model.pattern convlstm`, and `--model.pattern attention+gelu`, a
+transformer over the places of all frames. `evaluate` rolls them out: errors and seconds by frame, a
+film strip and a GIF. What they reach is not measured yet.
 """
 
 from scanax.experiments.config import TrainConfig
