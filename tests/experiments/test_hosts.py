@@ -104,7 +104,7 @@ def test_two_processes_train_as_one(over, alone, texts, tmp_path):
     assert silent(nothing) and silent(log)
     assert [row["step"] for row in metrics.read(run)] == list(range(1, 7))
     assert {path.name for path in run.iterdir()} == {
-        *("3", "6", "config.json", "metrics.jsonl", "tensorboard")
+        *("3", "6", "config.json", "final.json", "metrics.jsonl", "tensorboard")
     }
     # and one process goes on from there with the same arrays
     one = ["--resume", "--run", str(run), "--mesh", "", "--steps", "7"]
