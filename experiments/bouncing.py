@@ -6,6 +6,7 @@ arXiv:2210.02396), with handwritten digits of 8 x 8 pixels, enlarged, in the pla
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def digits(size: int, heldout: bool) -> np.ndarray:
         from sklearn.datasets import load_digits  # an extra
     except ImportError:
         raise ValueError(MISSING) from None
-    images = load_digits().images / 16.0
+    data: Any = load_digits()
+    images = data.images / 16.0
     order = np.random.default_rng(0).permutation(len(images))
     cut = len(images) // HELD_OUT
     images = images[order[:cut] if heldout else order[cut:]]

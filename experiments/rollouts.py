@@ -21,7 +21,8 @@ def generated(model: Video, given: np.ndarray, count: int) -> np.ndarray:
 
     @jax.jit
     def program(variables, frames):
-        return merge(graphdef, *variables).generate(frames, count)
+        model: Any = merge(graphdef, *variables)
+        return model.generate(frames, count)
 
     return np.asarray(program(variables, jnp.asarray(given)), np.float32)
 
@@ -55,7 +56,8 @@ def seconds_per_frame(model: Video, given: np.ndarray, count: int) -> list[Segme
 
     @functools.partial(jax.jit, static_argnums=3)
     def roll(variables, frame, state, frames):
-        return merge(graphdef, *variables).roll(frame, state, frames)[1:]
+        model: Any = merge(graphdef, *variables)
+        return model.roll(frame, state, frames)[1:]
 
     frames, found = jnp.asarray(given[:1]), []
     room = [frames.shape[1] + last for _, last in segments(count)]

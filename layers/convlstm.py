@@ -1,6 +1,7 @@
 """ConvLSTM: an LSTM whose products are convolutions over frames  (arXiv:1506.04214)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,15 @@ class ConvLSTM(nnx.Module):
         self.config, self.dtype = config, dtype
         self.exact = exact = jnp.promote_types(jnp.float32, dtype)
         self.hidden, size = config.hidden or width, config.kernel
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         gates = 4 * self.hidden
         self.x = ImageConv(width, gates, size, **kinds)
-        self.x.bias[...] = self.x.bias[...].at[self.hidden : 2 * self.hidden].set(1)
+        bias: Any = self.x.bias
+        bias[...] = bias[...].at[self.hidden : 2 * self.hidden].set(1)
         self.h = ImageConv(self.hidden, gates, size, use_bias=False, **kinds)
         self.out = ImageConv(self.hidden, width, 1, **kinds)
-        self.norm = LayerNorm(width, config.norm_eps, **kinds | {"dtype": exact})
+        kinds["dtype"] = exact
+        self.norm = LayerNorm(width, config.norm_eps, **kinds)
 
     def __call__(
         self,
@@ -86,7 +89,7 @@ class ConvLSTM(nnx.Module):
                     f"seq={devices}: ConvLSTM is not linear in its state, so its time does not "
                     "divide over devices"
                 )
-            mesh.check(*x.shape[:2])
+            mesh.check(x.shape[0], x.shape[1])
             rows = P(mesh.ROWS)
             marks = None if reset is None else rows
             local = sequence.manual(local, (rows, P(), rows, marks), (rows, rows))

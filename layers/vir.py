@@ -1,7 +1,7 @@
 """ViR's retention: linear attention with one constant decay a head, and nothing else around it."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Vir(nnx.Module):
 
         self.q, self.k, self.v = linear(), linear(), linear()
         self.out = linear(depth.branches**-0.5)
-        self.norm = nnx.data(None)
+        self.norm: Any = nnx.data(None)
         if config.norm == "head":
             self.norm = RMSNorm(self.head, config.norm_eps, dtype=exact, **kinds)
         elif config.norm == "layer":

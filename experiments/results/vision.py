@@ -82,7 +82,7 @@ def run(setting: Setting) -> Measured:
             rows.append([name, side**2, *trained, *speeds[side][name]])
         curves = [found[name, seed].get("early_exit") for seed in setting.seeds]
         if all(curves):
-            exits[name] = averaged(curves)
+            exits[name] = averaged([each for each in curves if each is not None])
     return {
         "columns": COLUMNS,
         "rows": rows,
@@ -137,15 +137,15 @@ def at(side: int, tokens: int, setting: Setting) -> dict[str, list]:
             found[name].append((way, 1e3 * rows / spent))
     result = {}
     for name in MODELS:
-        forward, training = (
+        speeds = [
             mean_and_spread(speed for way, speed in found[name] if way == wanted)
             for wanted in ("forward", "training")
-        )
+        ]
         memory = [
             programs[name, way][0].memory_analysis().temp_size_in_bytes / 1e6
             for way in ("forward", "training")
         ]
-        result[name] = [forward[0], training[0], training[1], *memory, states[name]]
+        result[name] = [speeds[0][0], *speeds[1], *memory, states[name]]
     return result
 
 

@@ -134,7 +134,7 @@ class VisionTask(ModelTask):
 
         @jax.jit
         def read(params, rest, patches, state):
-            model = merge(graphdef, params, rest)
+            model: Any = merge(graphdef, params, rest)
             state = model.read(patches, state)
             return state, jnp.argmax(model.classify(state), axis=1)
 
