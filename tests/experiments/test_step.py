@@ -25,6 +25,7 @@ class Root(Task):
     """A task of one weight: the loss is the root of weight times input, plus a running sum."""
 
     unit: ClassVar[str] = "numbers"
+    rows: ClassVar[int] = 4
 
     def on(self, over, how):
         return self
