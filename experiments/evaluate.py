@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from scanax.experiments import choices, examining, flags, harness, plot
-from scanax.experiments import data as texts
+from scanax.experiments import choices, examining, flags, harness
+from scanax.experiments.datasets import text as texts
 from scanax.experiments.loading import Loaded, find, load, parse_step, published
+from scanax.experiments.plots import losses
 from scanax.experiments.sampling import AXES
 from scanax.experiments.scoring import Score, measure, scorer
 from scanax.experiments.tasks.lm import LMTask
@@ -293,7 +294,7 @@ def save(config: EvaluateConfig, results: dict[str, Any]) -> None:
     if config.plot and "lengths" in results:
         name = Path(which(config)).name
         name = name if results["step"] is None else f"{name}, step {results['step']}"
-        write(folder / "loss_by_position.png", plot.loss_by_position(results, name))
+        write(folder / "loss_by_position.png", losses.loss_by_position(results, name))
 
 
 def write(path: Path, content: bytes) -> None:

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 from scanax.experiments import flags
+from scanax.experiments.datasets.tokenizer import Bytes, TokenizerJson
 from scanax.experiments.loading import load, parse_step
-from scanax.experiments.tokenizer import Bytes, TokenizerJson
 from scanax.models.pretrained import save_pretrained
 
 

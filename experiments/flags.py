@@ -15,7 +15,7 @@ import tyro
 from ..models.presets import PRESETS, VIDEO_PRESETS, VISION_PRESETS
 from ..models.pretrained.compare import difference
 from .config import TrainConfig, read, task_name
-from .data import are_arrays
+from .datasets.text import are_arrays
 from .launcher import Hosts
 from .loading import Found, find
 from .tasks.lm import LMTask

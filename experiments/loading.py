@@ -18,11 +18,11 @@ from ..models.pretrained.compare import difference
 from ..sharding import mesh
 from . import checkpoint, hosts
 from .config import TrainConfig, from_json, task_name
-from .data import DataConfig
+from .datasets.text import DataConfig
+from .datasets.tokenizer import Bytes, TokenizerJson
+from .datasets.tokenizer import load as load_tokenizer
 from .step import Place, blueprint
 from .tasks.lm import LMTask
-from .tokenizer import Bytes, TokenizerJson
-from .tokenizer import load as load_tokenizer
 
 PUBLISHED_LENGTH = 512  # tokens of a sequence, where no training says how many
 LOGITS = 1024  # tokens whose logits exist at once: published vocabularies are large

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, use_abstract_mesh
 
 from ..models import LM
 from ..sharding import mesh
-from . import data as texts
+from .datasets import text as texts
 
 Score = Callable[[texts.Batch], np.ndarray]
 READ = ("tokens", "targets", "reset")

@@ -23,9 +23,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, flags, hosts, loading, metrics, plot
+from scanax.experiments import checkpoint, flags, hosts, loading, metrics
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
+from scanax.experiments.plots import losses
 from scanax.experiments.saving import SaveError, Saver
 from scanax.experiments.signals import signals
 from scanax.experiments.step import Program, State, build, like
@@ -272,7 +273,7 @@ def finish(run: Run) -> None:
     about = {"step": run.step, "seconds": run.seconds, "parameters": sizes}
     write(config, "final.json", json.dumps(about | heldout))
     if config.plot:
-        print(f"\nloss curve: {plot.loss_curve(config.folder, task.measure, task.unit)}")
+        print(f"\nloss curve: {losses.loss_curve(config.folder, task.measure, task.unit)}")
     model = None if hosts.several() else run.program.model(run.state, task)
     print(task.report(model, heldout, str(config.folder)), flush=True)
 

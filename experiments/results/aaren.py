@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ...models import SeriesConfig, SeriesModel, merge, split
-from .. import panels, timing
+from .. import timing
+from ..plots import panels
 from ..trained import Run, all_trained, mean_and_spread
 from . import Experiment, Measured, Setting
 

@@ -17,7 +17,8 @@ import tqdm
 from flax import nnx
 
 from ...models import LM, LMConfig, merge, split
-from .. import panels, timing
+from .. import timing
+from ..plots import panels
 from ..trained import mean_and_spread
 from . import Experiment, Measured, Setting
 

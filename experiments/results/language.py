@@ -14,7 +14,8 @@ import jax
 from flax import nnx
 
 from ...models import LM, LMConfig
-from .. import flags, metrics, panels
+from .. import flags, metrics
+from ..plots import panels
 from ..trained import Run, all_trained, mean_and_spread
 from . import Experiment, Measured, Setting
 

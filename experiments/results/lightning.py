@@ -16,7 +16,8 @@ import tqdm
 
 from ...kernels import linear_attention
 from ...layers import decay
-from .. import panels, timing
+from .. import timing
+from ..plots import panels
 from ..trained import mean_and_spread
 from . import Experiment, Measured, Setting
 

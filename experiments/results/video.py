@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from ...models import Video
-from .. import flags, panels, timing
+from .. import flags, timing
+from ..plots import panels
 from ..rollouts import seconds_per_frame
 from ..trained import Run, all_evaluated, all_trained, mean_and_spread
 from . import Experiment, Measured, Setting

@@ -15,7 +15,8 @@ import tqdm
 from flax import nnx
 
 from ...models import Vision, VisionConfig, merge, split
-from .. import flags, panels, timing
+from .. import flags, timing
+from ..plots import panels
 from ..trained import Run, all_evaluated, all_trained, mean_and_spread
 from . import Experiment, Measured, Setting
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from ...layers import router
 from ...models import SeriesConfig, SeriesModel
-from .. import hawkes, pictures
+from ..datasets import hawkes
+from ..plots.series import curves as drawn
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 
@@ -38,7 +39,7 @@ class Events(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EventsTask(ModelTask):
-    """The process of experiments/hawkes.py; the same sequences in every run."""
+    """The process of experiments/datasets/hawkes.py; the same sequences in every run."""
 
     kind: ClassVar[type[Any]] = SeriesModel
     unit: ClassVar[str] = "events"
@@ -125,7 +126,7 @@ class EventsTask(ModelTask):
         curves = {n: (time + type_).mean(axis=0).tolist() for n, (time, type_) in each.items()}
         if folder is not None:
             axes = "event's place in its sequence", "nats per event"
-            png = pictures.curves(curves, *axes, f"Hawkes process: {self.model.pattern}")
+            png = drawn(curves, *axes, f"Hawkes process: {self.model.pattern}")
             (folder / "events.png").write_bytes(png)
         means = {name: float(np.mean(curve)) for name, curve in curves.items()}
         return {"nats_per_event": means, "nats_by_place": curves}

@@ -11,7 +11,8 @@ import numpy as np
 
 from ...layers import router
 from ...models import SeriesConfig, SeriesModel
-from .. import pictures, series
+from ..datasets import series
+from ..plots.series import forecasts
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 
@@ -25,7 +26,7 @@ class ForecastTask(ModelTask):
     measure: ClassVar[str] = "squared error"
 
     series: Literal["sunspots", "co2", "elnino", "unemployment", "inflation"] = "sunspots"
-    """Of those that ship with statsmodels (extra `datasets`); experiments/series.py has them."""
+    """Of those that ship with statsmodels (extra `datasets`); see experiments/datasets/series.py."""
     rows: int = 16
     """Windows a step."""
     context: int = 64
@@ -101,7 +102,7 @@ class ForecastTask(ModelTask):
             first = found.ends[1] - self.context
             truth = np.arange(max(0, first), len(found.values))
             later = origins[:, None] + np.arange(1, self.horizon + 1)
-            png = pictures.forecasts(
+            png = forecasts(
                 (found.years(truth), found.measured(found.values[truth])),
                 (found.years(later), found.measured(ahead)),
                 found.kind.what,

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from ...layers import router
 from ...models import LM, LMConfig
-from .. import data as texts
-from ..order2 import order2_bits_per_byte
+from ..datasets import text as texts
+from ..datasets.order2 import order2_bits_per_byte
+from ..datasets.tokenizer import BYTES, Bytes
 from ..sampling import Choice, Generator
-from ..tokenizer import BYTES, Bytes
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 

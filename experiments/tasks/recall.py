@@ -13,8 +13,8 @@ import numpy as np
 
 from ...layers import router
 from ...models import LM, LMConfig, merge, split
-from .. import recall
-from ..curves import curve
+from ..datasets import recall
+from ..plots.curves import curve
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 
@@ -26,7 +26,7 @@ READ, TIMES = 16, 8  # rows at once, and how often, for a point of a curve
 
 @dataclasses.dataclass(frozen=True)
 class RecallTask(ModelTask):
-    """Rows that ask for what they said; see experiments/recall.py."""
+    """Rows that ask for what they said; see experiments/datasets/recall.py."""
 
     unit: ClassVar[str] = "answers"
     measure: ClassVar[str] = "nats"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...models import Video, VideoConfig
-from .. import film
-from ..bouncing import clips, digits
+from ..datasets.bouncing import clips, digits
+from ..plots import film
 from ..rollouts import by_frame, generated, seconds_per_frame
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands

@@ -14,8 +14,8 @@ import numpy as np
 from ...layers import router
 from ...models import Vision, VisionConfig, merge, split
 from ...models.vision import patches
-from ..curves import curve
-from ..images import resized, shifted
+from ..datasets.images import resized, shifted
+from ..plots.curves import curve
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 from .digits import images

@@ -12,10 +12,10 @@ from flax import nnx
 from scanax.experiments import answers, evaluate
 from scanax.experiments.answers import Answers
 from scanax.experiments.asking import understood, windows
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
+from scanax.experiments.datasets.tokenizer import Marks, TokenizerJson
 from scanax.experiments.loading import load
 from scanax.experiments.sampling import Choice
-from scanax.experiments.tokenizer import Marks, TokenizerJson
 from scanax.sharding import mesh
 from support import untrained
 from support.compare import close

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from scanax.experiments.data import (
+from scanax.experiments.datasets.order2 import order2_bits_per_byte
+from scanax.experiments.datasets.text import (
     Source,
     corpus,
     evaluation,
@@ -17,7 +18,6 @@ from scanax.experiments.data import (
     streams,
     windows,
 )
-from scanax.experiments.order2 import order2_bits_per_byte
 
 LENGTHS = [7, 1, 30, 12, 50, 3]  # of documents: 103 tokens
 

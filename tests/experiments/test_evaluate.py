@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.experiments import evaluate
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
+from scanax.experiments.datasets.tokenizer import TokenizerJson
 from scanax.experiments.loading import load
-from scanax.experiments.tokenizer import TokenizerJson
 from support import untrained
 from support.compare import close
 

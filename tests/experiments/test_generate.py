@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 from scanax.experiments import generate, saved_state
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
+from scanax.experiments.datasets.tokenizer import Bytes, TokenizerJson
 from scanax.experiments.loading import load
 from scanax.experiments.sampling import Choice, Generator, choose, row_keys
-from scanax.experiments.tokenizer import Bytes, TokenizerJson
 from scanax.layers.attention import AttentionConfig
 from scanax.models import LM
 from support import untrained

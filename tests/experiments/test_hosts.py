@@ -293,7 +293,8 @@ def test_one_process_asks_for_its_rows(texts, tmp_path):
     script, run = tmp_path / "asking.py", tmp_path / "r"
     script.write_text(
         "import json, sys\n"
-        "from scanax.experiments import data, sources, train\n"
+        "from scanax.experiments import train\n"
+        "from scanax.experiments.datasets import sources, text as data\n"
         "from scanax.experiments.tasks import lm\n"
         "asked, named = [], {}\n"
         "for name in ('streams', 'evaluation'):\n"

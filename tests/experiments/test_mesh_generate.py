@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.experiments import evaluate, generate, metrics, saved_state, train
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
 from scanax.experiments.loading import load
 from scanax.experiments.sampling import Choice, Generator
 from scanax.layers.attention import AttentionConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scanax.experiments import evaluate, export, generate, loading
 from scanax.experiments.answers import Answers
-from scanax.experiments.tokenizer import Bytes, TokenizerJson
+from scanax.experiments.datasets.tokenizer import Bytes, TokenizerJson
 from scanax.models.pretrained import UncheckedWarning, load_pretrained
 from support import published, untrained
 from support.compare import close

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scanax.experiments import evaluate, metrics, recall, tasks, train
+from scanax.experiments import evaluate, metrics, tasks, train
+from scanax.experiments.datasets import recall
 from scanax.experiments.tasks.recall import RecallTask
 from scanax.layers import MambaConfig
 from scanax.models import LMConfig

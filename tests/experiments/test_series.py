@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
-from scanax.experiments import evaluate, hawkes, metrics, series, train
+from scanax.experiments import evaluate, metrics, train
+from scanax.experiments.datasets import hawkes, series
 from scanax.experiments.tasks import Task, digits, events
 from scanax.experiments.tasks.forecast import ForecastTask
 from support.compare import close

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image  # it comes with matplotlib
 from scanax.experiments import evaluate, train
-from scanax.experiments.bouncing import clips, digits, enlargement, paths
+from scanax.experiments.datasets.bouncing import clips, digits, enlargement, paths
 from scanax.experiments.metrics import read
 
 SMALL = "--preset video-bouncing --model.size 16 16 --model.patch 4 --model.stages 4 --digit 8 "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scanax.experiments import evaluate, flags, metrics, train
 from scanax.experiments.configs.vision_digits import config
-from scanax.experiments.images import resized, shifted
+from scanax.experiments.datasets.images import resized, shifted
 from scanax.experiments.tasks.vision import VisionTask
 from scanax.models import VISION_PRESETS
 from support.compare import close

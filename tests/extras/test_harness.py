@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scanax.experiments import evaluate, harness
 from scanax.experiments.answers import Answers
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
 from support import untrained
 from support.compare import close
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flax import nnx
 from scanax.experiments.config import TrainConfig, to_json
-from scanax.experiments.data import DataConfig
+from scanax.experiments.datasets.text import DataConfig
 from scanax.experiments.saving import Saver
 from scanax.experiments.tasks.lm import LMTask
 from scanax.layers.attention import AttentionConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import read
+from ..metrics import read
 
 
 def loss_curve(folder: Path, measure: str, unit: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..models.pretrained import options
+from ...models.pretrained import options
 
 BYTES = "bytes"  # in place of a path: a token is a byte
 
