@@ -10,6 +10,7 @@ from .constant import Constant
 from .conv import ShortConv
 from .convlstm import ConvLSTM, ConvLSTMConfig
 from .convs5 import ConvS5, ConvS5Config
+from .gated_conv import GatedConv, GatedConvConfig
 from .gla import GLA, GLAConfig
 from .image import ImageConv
 from .lightning import Lightning, LightningConfig
@@ -36,6 +37,8 @@ __all__ = [
     "ConvS5",
     "ConvS5Config",
     "GLAConfig",
+    "GatedConv",
+    "GatedConvConfig",
     "GeGLU",
     "GroupNorm",
     "ImageConv",

@@ -14,6 +14,7 @@ from ..layers.attention import Attention
 from ..layers.convlstm import ConvLSTM
 from ..layers.convs5 import ConvS5
 from ..layers.depth import Depth
+from ..layers.gated_conv import GatedConv
 from ..layers.gla import GLA
 from ..layers.lightning import Lightning
 from ..layers.mamba import Mamba
@@ -36,6 +37,7 @@ MIXERS = {
     "mamba2": Mamba2,
     "aaren": Aaren,
     "attention": Attention,
+    "conv": GatedConv,
 }
 FRAMES = {"convs5": ConvS5, "convlstm": ConvLSTM}
 MLPS = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GELU, "glu": GLU}

@@ -9,6 +9,7 @@ import tyro
 
 from ..layers.aaren import AarenConfig
 from ..layers.attention import AttentionConfig
+from ..layers.gated_conv import GatedConvConfig
 from ..layers.gla import GLAConfig
 from ..layers.lightning import LightningConfig
 from ..layers.mamba import MambaConfig
@@ -48,7 +49,8 @@ class BackboneConfig:
     """Number of blocks."""
     pattern: str = "gla+swiglu"
     """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    vir, lightning, mamba, mamba2, aaren, attention. MLPs: swiglu, geglu, gelu, glu, moe, none."""
+    vir, lightning, mamba, mamba2, aaren, attention, conv. MLPs: swiglu, geglu, gelu, glu, moe,
+    none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and after the last: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
@@ -87,6 +89,8 @@ class BackboneConfig:
     """Aaren blocks."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Softmax attention blocks."""
+    conv: GatedConvConfig = field(default_factory=GatedConvConfig)
+    """Gated short convolution (LFM2) blocks."""
 
     @property
     def grows(self) -> bool:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-MIXERS = ("gla", "retention", "vir", "lightning", "mamba", "mamba2", "aaren", "attention")
+MIXERS = ("gla", "retention", "vir", "lightning", "mamba", "mamba2", "aaren", "attention", "conv")
 FRAMES = ("convs5", "convlstm")  # whose tokens are frames
 MLPS = ("swiglu", "geglu", "gelu", "glu", "moe", "none")
 

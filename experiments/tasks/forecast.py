@@ -26,7 +26,7 @@ class ForecastTask(ModelTask):
     measure: ClassVar[str] = "squared error"
 
     series: Literal["sunspots", "co2", "elnino", "unemployment", "inflation"] = "sunspots"
-    """Of those that ship with statsmodels (extra `datasets`); see experiments/datasets/series.py."""
+    """Of those that ship with statsmodels (extra `datasets`): experiments/datasets/series.py."""
     rows: int = 16
     """Windows a step."""
     context: int = 64

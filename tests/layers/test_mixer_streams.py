@@ -8,6 +8,7 @@ from flax import nnx
 from scanax.layers.aaren import Aaren, AarenConfig
 from scanax.layers.attention import Attention, AttentionConfig
 from scanax.layers.depth import Depth
+from scanax.layers.gated_conv import GatedConv, GatedConvConfig
 from scanax.layers.gla import GLA, GLAConfig
 from scanax.layers.lightning import Lightning, LightningConfig
 from scanax.layers.mamba import Mamba, MambaConfig
@@ -28,6 +29,7 @@ MIXERS = {
     "mamba2": (Mamba2, Mamba2Config(head_width=8, groups=2, state=4)),
     "aaren": (Aaren, AarenConfig(heads=2)),
     "attention": (Attention, AttentionConfig(heads=4, kv_heads=2, bias=True)),
+    "conv": (GatedConv, GatedConvConfig(init_std=0.3)),
     "windowed": (Attention, AttentionConfig(heads=2, window=4, head_width=6, rope_base=None)),
 }
 

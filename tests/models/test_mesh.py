@@ -39,11 +39,11 @@ ALL = LMConfig(
 UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
 NORMED = dataclasses.replace(
     ALL,
-    depth=2,
-    pattern="lightning+glu,attention+swiglu",
+    depth=3,
+    pattern="lightning+glu,conv,attention+swiglu",
     residual=ResidualConfig(normed=True, linear=(1.2, 0.9), attention=(1.3, 0.7), mlp=(1.1, 0.8)),
 )
-STATES = dataclasses.replace(ALL, depth=4, pattern="gla,mamba2+gelu,lightning+glu,aaren")
+STATES = dataclasses.replace(ALL, depth=5, pattern="gla,mamba2+gelu,lightning+glu,aaren,conv")
 CASES = {
     "all over time": (ALL, "seq=8", PLAIN),
     "all over three": (ALL, "data=2,seq=2,tensor=2", Schedule(states="scan")),
