@@ -15,12 +15,12 @@ from scanax.models import LMConfig
 config = TrainConfig(
     task=RecallTask(
         problem="induction",
-        rows=32,
+        rows=8,
         length=256,
-        items=1,
+        items=8,
         model=LMConfig(vocab=16, width=64, depth=2, pattern="mamba", init_std=0.125),
     ),
-    steps=3000,
-    validate_every=500,
-    optimizer=OptimizerConfig(rate=2e-3, warmup=20),
+    steps=1000,
+    validate_every=250,
+    optimizer=OptimizerConfig(rate=4e-3, warmup=20),
 )

@@ -23,6 +23,6 @@ config = TrainConfig(
         model=LMConfig(vocab=16, width=64, depth=2, pattern="mamba", init_std=0.125),
     ),
     steps=12000,
-    validate_every=2000,
+    validate_every=1000,
     optimizer=OptimizerConfig(rate=4e-3, warmup=20),
 )

@@ -43,22 +43,28 @@ def selective_copying(
     return _stack(draw, key, rows)
 
 
-def induction(key: Key, rows: Iterable[int], *, length: int, vocab: int = 16) -> Batch:
-    """Ordinary tokens, somewhere among them the trigger and last the trigger again: what followed?
+def induction(
+    key: Key, rows: Iterable[int], *, length: int, items: int = 1, vocab: int = 16
+) -> Batch:
+    """Ordinary tokens, `items` times among them the trigger, and last once more: what followed?
 
-    The first trigger's place is uniform from the first token to the third last; the one answer, due
-    at the last token, is the ordinary token after it (Mamba, arXiv:2312.00752, section 4.1.2).
-    ValueError for sizes that do not fit.
+    One ordinary token follows the trigger wherever it stands, and is the answer, due at every
+    trigger but the first. The places are a subset drawn uniformly of those that leave room. One
+    item is the problem of Mamba (arXiv:2312.00752, section 4.1.2), with one answer a row; more of
+    them teach the same sooner. ValueError for sizes that do not fit.
     """
-    _check(length, 3, "the trigger, an answer and the trigger again")
+    _check(length, 2 * items + 1, f"items={items} triggers and answers, and the trigger again")
     _check(vocab, 3, "the trigger and two ordinary tokens", "vocab")
 
     def draw(random):
         tokens, targets = random.integers(1, vocab, length, np.int32), np.zeros(length, np.int32)
-        place = random.integers(0, length - 2)
-        tokens[place] = tokens[-1] = TRIGGER
-        targets[-1] = tokens[place + 1]
-        return tokens, targets, np.arange(length) == length - 1
+        room = length - 1 - items  # where each trigger and the token after it count as one
+        places = np.sort(random.choice(room, items, replace=False)) + np.arange(items)
+        answer = tokens[places[0] + 1]
+        tokens[places], tokens[places + 1], tokens[-1] = TRIGGER, answer, TRIGGER
+        due = np.append(places[1:], length - 1)
+        targets[due] = answer
+        return tokens, targets, np.isin(np.arange(length), due)
 
     return _stack(draw, key, rows)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 MARKERS = "osD^vPXd<>"
 
@@ -15,8 +15,8 @@ class Panel(NamedTuple):
     """What the horizontal axis is, with its unit."""
     y: str
     lines: Mapping[str, Sequence[Sequence[float]]]
-    powers: bool = False
-    """Whether x goes by powers of two and y by powers of ten, rather than both evenly."""
+    log: Literal["", "x", "xy"] = ""
+    """Which axes are logarithmic: x by powers of two, y by powers of ten."""
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
@@ -42,10 +42,11 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
                 linewidth=size / 3.5,
                 capsize=2,
             )
-        if panel.powers:
+        if "x" in panel.log:
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
             axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        if "y" in panel.log:
+            axes.set_yscale("log")
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.grid(alpha=0.3)
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=4)

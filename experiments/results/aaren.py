@@ -178,8 +178,8 @@ def draw(measured: Measured, path: Path) -> None:
         path,
         [
             panels.Panel("error of forecasts", names, "mean squared error", errors),
-            panels.Panel("state", about, "bytes", curves["state"], True),
-            panels.Panel("time of all tokens, one by one", about, "seconds", curves["time"], True),
+            panels.Panel("state", about, "bytes", curves["state"], "xy"),
+            panels.Panel("time of all tokens, one by one", about, "seconds", curves["time"], "xy"),
         ],
     )
 

@@ -160,8 +160,8 @@ def draw(measured: Measured, path: Path) -> None:
         lines[0][mixer].append((context, milliseconds, spread or 0))
         lines[1][mixer].append((context, kilobytes))
     about = "context (tokens)"
-    times = panels.Panel("time of a token", about, "milliseconds", lines[0], True)
-    states = panels.Panel("state that is kept", about, "kilobytes", lines[1], True)
+    times = panels.Panel("time of a token", about, "milliseconds", lines[0], "xy")
+    states = panels.Panel("state that is kept", about, "kilobytes", lines[1], "xy")
     panels.draw(path, [times, states])
 
 

@@ -189,10 +189,10 @@ def draw(measured: Measured, path: Path) -> None:
     tokens = measured["rows"][0][1] * measured["rows"][0][2]
     length = f"length of a row (tokens; {tokens:,} a run, or one row)"
     speed = panels.Panel(
-        "speed, forward and backward", length, "tokens per second", lines(4, True), True
+        "speed, forward and backward", length, "tokens per second", lines(4, True), "xy"
     )
     memory = panels.Panel(
-        "memory, forward and backward (compiled)", length, "megabytes", lines(7, False), True
+        "memory, forward and backward (compiled)", length, "megabytes", lines(7, False), "xy"
     )
     panels.draw(path, [speed, memory])
 

@@ -142,7 +142,7 @@ def draw(measured: Measured, path: Path) -> None:
         path,
         [
             panels.Panel("error of roll-outs", horizon, "mean squared error of a pixel", errors),
-            panels.Panel("time of a generated frame", horizon, "milliseconds", times, True),
+            panels.Panel("time of a generated frame", horizon, "milliseconds", times, "xy"),
         ],
     )
 

@@ -204,8 +204,8 @@ def draw(measured: Measured, path: Path) -> None:
     exits = {name: measured["curves"].get(name, []) for name in MODELS}
     early = panels.Panel("early exit", "patches read", "test images right (%)", exits)
     size = "patches of an image"
-    speed = panels.Panel("forward and backward", size, "images per second", lines(6), True)
-    memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), True)
+    speed = panels.Panel("forward and backward", size, "images per second", lines(6), "xy")
+    memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), "xy")
     panels.draw(path, [early, speed, memory])
 
 

@@ -40,7 +40,7 @@ class RecallTask(ModelTask):
     length: int = 256
     """Tokens of a row."""
     items: int = 16
-    """Data tokens to copy, or key-value pairs; induction has 1."""
+    """Data tokens to copy, key-value pairs, or answers of an induction (`evaluate` asks for 1)."""
     alpha: float = 1.0
     """Of mqar: a key is asked for g tokens after the last pair with probability in proportion to
     g^(alpha - 1), so 1 is uniform, and Zoology's 0.01 asks soon."""
@@ -57,8 +57,6 @@ class RecallTask(ModelTask):
         for name in ("rows", "items", "heldout_batches", "final_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
-        if self.problem == "induction" and self.items != 1:
-            raise ValueError(f"items={self.items}; induction asks for 1")
         if self.problem != "mqar" and self.alpha != 1:
             raise ValueError(f"alpha={self.alpha} is for mqar; {self.problem} has no queries")
 
@@ -84,7 +82,7 @@ class RecallTask(ModelTask):
             case "selective-copying":
                 return recall.selective_copying(key, which, items=items, **sizes)
             case "induction":
-                return recall.induction(key, which, **sizes)
+                return recall.induction(key, which, items=items, **sizes)
             case "mqar":
                 return recall.mqar(key, which, pairs=items, alpha=self.alpha, **sizes)
 
@@ -141,7 +139,8 @@ class RecallTask(ModelTask):
                 over, points = "item", list(enumerate(right.mean(axis=0).tolist(), 1))
             case "induction":
                 over, trained = "length", self.length
-                points = [(n, float(self._right(read, length=n)[:, -1].mean())) for n in LENGTHS]
+                right = [self._right(read, length=n, items=1)[:, -1].mean() for n in LENGTHS]
+                points = list(zip(LENGTHS, map(float, right), strict=True))
             case "mqar":
                 most = min(self.length // 3, (self.model.vocab - 1) // 2)
                 counts = [2**n for n in range(most.bit_length())]

@@ -19,6 +19,7 @@ from support.compare import close
 PROBLEMS = {
     "selective-copying": partial(recall.selective_copying, length=40, items=6, vocab=9),
     "induction": partial(recall.induction, length=23, vocab=7),
+    "induction, asked often": partial(recall.induction, length=40, items=6, vocab=7),
     "mqar": partial(recall.mqar, length=33, pairs=9, vocab=24),
     "mqar, asked soon": partial(recall.mqar, length=33, pairs=7, vocab=24, alpha=0.01),
 }
@@ -38,8 +39,9 @@ def solved(name, tokens):
         markers = [i for i, token in enumerate(tokens) if token == recall.MARKER]
         return dict(zip(markers, data, strict=True))
     if name == "induction":
-        assert tokens.count(recall.TRIGGER) == 2
-        return {len(tokens) - 1: tokens[tokens.index(recall.TRIGGER) + 1]}
+        first, *again = (i for i, token in enumerate(tokens) if token == recall.TRIGGER)
+        assert again[-1] == len(tokens) - 1 and len(again) in (1, 6)
+        return dict.fromkeys(again, tokens[first + 1])
     pairs = sum(token > 11 for token in tokens)  # 11 keys, then the values
     told = dict(zip(tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
     return {i: told[key] for i, key in enumerate(tokens) if i >= 2 * pairs and key != recall.FILLER}
@@ -90,7 +92,7 @@ def test_places_are_spread_as_said():
     ("call", "says"),
     [
         (partial(recall.selective_copying, length=31), "length=31 .* items=16 .* at least 32"),
-        (partial(recall.induction, length=2), "length=2 .* at least 3"),
+        (partial(recall.induction, length=6, items=3), "length=6 .* items=3 .* at least 7"),
         (partial(recall.mqar, length=23), "length=23 .* pairs=8 .* at least 24"),
         (partial(recall.mqar, length=24, vocab=16), "vocab=16 .* pairs=8; it must be at least 17"),
     ],
@@ -103,7 +105,7 @@ def test_sizes_that_do_not_fit_are_named(call, says):
 MODEL = LMConfig(vocab=20, width=8, depth=1, pattern="mamba", mamba=MambaConfig(state=2))
 TASKS = {
     "item": RecallTask(length=24, items=4, model=MODEL),
-    "length": RecallTask(problem="induction", length=24, items=1, model=MODEL),
+    "length": RecallTask(problem="induction", length=24, items=2, model=MODEL),
     "pairs": RecallTask(problem="mqar", length=24, items=4, model=MODEL),
 }
 
@@ -174,7 +176,7 @@ def test_a_run_is_trained_and_evaluated(tmp_path, capsys):
     [
         ("--items 200", "length=256 has no room for items=200 and as many markers"),
         ("--alpha 0.5", "alpha=0.5 is for mqar; selective-copying has no queries"),
-        ("--problem induction", "items=16; induction asks for 1"),
+        ("--problem induction --length 32", "length=32 has no room for items=16 triggers and"),
         ("--rows 0", "rows=0; it must be at least 1"),
     ],
 )

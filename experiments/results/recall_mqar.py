@@ -1,0 +1,107 @@
+"""What is recalled grows with the state; attention's cache recalls all (Zoology, arXiv:2312.04927).
+
+Multi-query associative recall: key-value pairs, then keys whose values are to be said. Every mixer,
+with states of several sizes, behind the same block of a short convolution.
+"""
+
+from pathlib import Path
+
+from ..plots import panels
+from ..trained import Run, all_evaluated, all_trained, mean_and_spread
+from . import Experiment, Measured, Setting
+from .recall_copying import averaged
+
+PRESET = "recall-mqar"
+SIZES = {  # of states: by heads, which share the width, or by numbers per channel
+    "gla": ("gla.heads", (16, 4, 1)),
+    "retention": ("retention.heads", (16, 4, 1)),
+    "lightning": ("lightning.heads", (16, 4, 1)),
+    "mamba": ("mamba.state", (4, 16, 64)),
+    "mamba2": ("mamba2.state", (8, 32, 128)),
+    "aaren": ("aaren.heads", (16, 4)),
+    "attention": ("attention.heads", (1,)),
+}
+NAMES = {
+    "gla": "GLA",
+    "retention": "RetNet",
+    "lightning": "Lightning",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "aaren": "Aaren",
+    "attention": "attention",
+}
+COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
+SMALL = "--steps 2 --validate-every 0 --length 16 --items 4 --heldout-batches 1 --final-batches 1 "
+SMALL += "--model.vocab 32 --model.width 16 "
+COLUMNS = [
+    "mixer",
+    "size",
+    "state (bytes)",
+    "answers right (%)",
+    "spread (%)",
+    "parameters",
+    "time of a run (s)",
+]
+
+
+def run(setting: Setting) -> Measured:
+    small = SMALL if setting.small else ""
+    runs = {
+        (mixer, size, seed): Run(PRESET, tuple(given.split()), seed, folder)
+        for seed in setting.seeds
+        for mixer, (flag, sizes) in SIZES.items()
+        for size in (sizes[:1] if setting.small else sizes)
+        for given in [f"{COMMON}{small}--model.pattern conv,{mixer} --model.{flag} {size}"]
+        for folder in [setting.folder / f"{mixer}-{size}-{seed}"]
+    }
+    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
+    folders = [each.folder for each in runs.values()]
+    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
+    rows, curves = [], {}
+    for mixer, size in dict.fromkeys(each[:2] for each in runs):
+        mine = [each for each in runs if each[:2] == (mixer, size)]
+        right, spread = mean_and_spread(100 * ends[each]["accuracy"] for each in mine)
+        seconds, _ = mean_and_spread(ends[each]["seconds"] for each in mine)
+        state, name = found[mine[0]]["state_bytes"], NAMES[mixer]
+        flag = f"{SIZES[mixer][0]} {size}"
+        rows.append([name, flag, state, right, spread, ends[mine[0]]["parameters"], seconds])
+        curves.setdefault(f"{name} by state", []).append([state, right, spread or 0.0])
+        # of the largest state, which comes last
+        curves[f"{name} by pairs"] = averaged([found[each]["by_pairs"] for each in mine], "pairs")
+    notes = [
+        "Two blocks of width 64: a short convolution (LFM2's), which makes one vector of a key and "
+        "the value after it, and the mixer. The same AdamW, rows and steps for all; means over the "
+        "seeds, the spread is the standard deviation over them; measured on rows that no run "
+        "trains on. The state is that of one row, convolutions' included, attention's cache as "
+        "long as the row. By pairs: the largest state of each mixer, trained on the most pairs.",
+    ]
+    return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
+        "curves": curves
+    }
+
+
+def answer(rows: list[list]) -> str:
+    """Of each mixer its smallest and its largest state."""
+    said = []
+    for name in NAMES.values():
+        mine = sorted((row for row in rows if row[0] == name), key=lambda row: row[2])
+        ends = dict.fromkeys((row[2], row[3]) for row in (mine[0], mine[-1]))
+        said.append(f"{name} " + " and ".join(f"{y:.0f} % in {x:,} bytes" for x, y in ends))
+    return "answers right: " + ", ".join(said)
+
+
+def draw(measured: Measured, path: Path) -> None:
+    curves, right = measured["curves"], "held-out answers right (%)"
+    by_state, by_pairs = (
+        {name: curves[f"{name} by {x}"] for name in NAMES.values()} for x in ("state", "pairs")
+    )
+    panels.draw(
+        path,
+        [
+            panels.Panel("by the size of the state", "bytes of state", right, by_state, "x"),
+            panels.Panel("by what there is to recall", "key-value pairs", right, by_pairs, "x"),
+        ],
+    )
+
+
+experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)
