@@ -83,7 +83,7 @@ def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[f
                 model, program = reader(mixer, length)
                 state = model.init_state(1, length)
                 size = sum(x.nbytes for x in jax.tree.leaves(state))
-                curves.setdefault(f"state of {mixer}", []).append([length, size])
+                curves.setdefault(f"state of {mixer}", []).append([float(length), float(size)])
                 calls[mixer] = functools.partial(program, *split(model)[1:], state)
             for seed in seeds:
                 x = jax.random.normal(jax.random.key(seed), (length, 1, 1, 1), jnp.float32)
@@ -95,7 +95,7 @@ def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[f
                     spent[mixer].append(milliseconds / 1e3)
             for mixer in MIXERS:
                 mean, spread = mean_and_spread(spent[mixer])
-                curves.setdefault(f"time of {mixer}", []).append([length, mean, spread or 0.0])
+                curves.setdefault(f"time of {mixer}", []).append([float(length), mean, spread or 0.0])
     return curves
 
 
@@ -131,7 +131,7 @@ def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
     return (
         f"Aaren's errors differ from attention's by {100 * min(errors):+.1f} % to "
         f"{100 * max(errors):+.1f} %, digits named right are {100 * right[2]:.1f} % and "
-        f"{100 * right[4]:.1f} %; from {first:,} to {last:,} tokens its "
+        f"{100 * right[4]:.1f} %; from {first:,.0f} to {last:,.0f} tokens its "
         f"state is {growth('state of aaren'):.0f} times as large, "
         f"attention's {growth('state of attention'):.0f}, and the time for all tokens "
         f"{growth('time of aaren'):.0f} times as long, attention's "

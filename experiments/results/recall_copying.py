@@ -62,13 +62,13 @@ def by_step(folders: list[Path]) -> list[list[float]]:
         for row in metrics.read(folder):
             if "heldout_accuracy" in row:
                 held.setdefault(row["step"], []).append(100 * row["heldout_accuracy"])
-    return [[step, *spread_or_zero(values)] for step, values in sorted(held.items())]
+    return [[float(step), *spread_or_zero(values)] for step, values in sorted(held.items())]
 
 
 def averaged(curves: list[list[dict]], over: str) -> list[list[float]]:
     """(x, % right, spread), means over the seeds of what `evaluate` finds by x."""
     return [
-        [each[0][over], *spread_or_zero([100 * one["accuracy"] for one in each])]
+        [float(each[0][over]), *spread_or_zero([100 * one["accuracy"] for one in each])]
         for each in zip(*curves, strict=True)
     ]
 

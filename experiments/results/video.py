@@ -100,7 +100,7 @@ def timed(tasks: dict, setting: Setting) -> dict[str, list[list[float]]]:
             curves[name] = []
             for same in zip(*each, strict=True):
                 mean, spread = mean_and_spread(1e3 * seconds for *_, seconds in same)
-                curves[name].append([same[0][1], mean, spread or 0.0])
+                curves[name].append([float(same[0][1]), mean, spread or 0.0])
     return curves
 
 

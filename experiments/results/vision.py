@@ -102,7 +102,7 @@ def averaged(curves: list[list[dict]]) -> list[list[float]]:
     points = []
     for each in zip(*curves, strict=True):
         mean, spread = mean_and_spread(100 * one["accuracy"] for one in each)
-        points.append([each[0]["patches"], mean, spread or 0.0])
+        points.append([float(each[0]["patches"]), mean, spread or 0.0])
     return points
 
 

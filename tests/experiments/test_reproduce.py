@@ -70,6 +70,50 @@ def test_small_sizes_of_the_cheap_ones(tmp_path, capsys):
     assert (tmp_path / "results.md").read_text() == text
 
 
+# what runs leave, of every task at once
+LEFT = {"step": 2, "seconds": 3.0, "parameters": 100, "exact": 0.5, "loss": 1.25, "mse": 0.9}
+LEFT |= {"bits_per_byte": 2.5, "accuracy": 0.75}
+SHARES = {"item": range(1, 5), "length": [2**n for n in range(6, 14)], "pairs": [1, 2, 4]}
+EVALUATED = {
+    "heldout": LEFT,
+    "state_bytes": 64,
+    "early_exit": [{"patches": n, "accuracy": n / 16} for n in range(4, 17, 4)],
+    "rollout": {
+        "mse": {
+            name: [0.01 * h for h in range(1, 17)]
+            for name in ("model", "the last frame, copied", "the mean of all frames")
+        }
+    },
+} | {f"by_{x}": [{x: n, "accuracy": 0.5} for n in ns] for x, ns in SHARES.items()}
+
+
+@pytest.mark.parametrize("name", sorted({*results.names()} - {"decode", "lightning"}))
+def test_rows_of_runs_that_train(name, tmp_path, monkeypatch):
+    """Each run's ends stand in its row; what is timed besides is timed at small sizes."""
+    asked = []
+
+    def run(jobs, at_once=1):
+        for job in jobs:
+            asked.append(job.module)
+            folder = job.log.with_suffix("")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "evaluation.json").write_text(json.dumps(EVALUATED))
+            (folder / "final.json").write_text(json.dumps(LEFT))
+            held = {f"heldout_{k}": x for k, x in LEFT.items()}
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 2} | held) + "\n")
+
+    monkeypatch.setattr(processes, "run", run)
+    assert reproduce.main([name, "--small", "--seeds", "3", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / f"results/{name}.json").read_text())
+    assert "train" in asked and all(len(row) == len(found["columns"]) for row in found["rows"])
+    trained_, evaluated = asked.count("train"), asked.count("evaluate")
+    assert evaluated in (0, trained_) and len(found["rows"]) <= trained_
+    ends = {2.5, 75.0, 0.75, 0.9, 1.25, 50.0, 0.01}
+    assert all(ends & {x for x in row if isinstance(x, float)} for row in found["rows"])
+    assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert found["found"] in (tmp_path / "results.md").read_text()
+
+
 @pytest.mark.parametrize("broken", ["<!-- lightning -->", "<!-- /lightning -->"])
 def test_damaged_markers_are_said_before_anything_runs(broken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "measure", lambda *_: pytest.fail("it was measured"))
