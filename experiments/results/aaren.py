@@ -95,7 +95,8 @@ def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[f
                     spent[mixer].append(milliseconds / 1e3)
             for mixer in MIXERS:
                 mean, spread = mean_and_spread(spent[mixer])
-                curves.setdefault(f"time of {mixer}", []).append([float(length), mean, spread or 0.0])
+                point = [float(length), mean, spread or 0.0]
+                curves.setdefault(f"time of {mixer}", []).append(point)
     return curves
 
 
