@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,10 @@ class Job(NamedTuple):
     log: Path
 
 
-def run(jobs: Sequence[Job], at_once: int = 1) -> None:
-    """Run all, and say on stderr which began and how much is left.
+def run(
+    jobs: Sequence[Job], at_once: int = 1, ended: Callable[[Job], object] = lambda job: None
+) -> None:
+    """Run all, and say on stderr which began and how much is left; `ended` is told each success.
 
     ValueError with the last line of the log of the first that fails. Whatever ends this ends the
     others by SIGTERM first, at which a training run saves and stops.
@@ -38,6 +40,7 @@ def run(jobs: Sequence[Job], at_once: int = 1) -> None:
                 if process.poll() is not None:
                     del running[core]
                     check(job, process.returncode)
+                    ended(job)
     finally:
         for _, process in running.values():
             process.terminate()

@@ -5,13 +5,14 @@ tells the others.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,30 @@ def _without_tracebacks(record: logging.LogRecord) -> bool:
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; those before it are as they were."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps a run's folder for this process, whose end gives it up. ValueError if it is taken.
+
+    For the first process of a run. Not on Windows, which cannot lock a folder.
+    """
+    if os.name == "nt" or not hosts.first():
+        yield
+        return
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process trains in {folder}: stop it, or wait for its end"
+            ) from None
+        yield
+    finally:
+        os.close(held)
 
 
 class Saver:

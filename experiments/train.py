@@ -27,7 +27,7 @@ from scanax.experiments import checkpoint, flags, hosts, loading, metrics
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.plots import losses
-from scanax.experiments.saving import SaveError, Saver
+from scanax.experiments.saving import SaveError, Saver, alone
 from scanax.experiments.signals import signals
 from scanax.experiments.step import Program, State, build, like
 from scanax.experiments.tasks import Rows
@@ -86,7 +86,8 @@ def main(args: list[str] | None = None) -> int:
         try:
             run = prepare(flags.train(sys.argv[1:] if args is None else args))
             run.told = told
-            train(run)
+            with alone(run.config.folder):
+                train(run)
             hosts.finish()
         except ValueError as error:  # of a flag, or of the text: a token outside the vocabulary
             return hosts.leave(error, 2)

@@ -1,6 +1,9 @@
 """Models that a measurement needs: trained, and evaluated, once for each seed and never twice."""
 
 import dataclasses
+import functools
+import hashlib
+import inspect
 import json
 import os
 import statistics
@@ -8,14 +11,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import flags, processes
+import jax
+from flax import nnx
+
+from . import flags, metrics, processes
 from .config import differences, from_json
 from .launcher import Hosts
 from .processes import Job
 
+QUIET = ("--save-every", "0", "--keep", "1", "--no-plot", "--no-tensorboard")
+
 
 class Run(NamedTuple):
-    """What a run of `train` is given, and its folder."""
+    """What a run of `train` is given, besides what every run here is (QUIET), and its folder."""
 
     preset: str
     flags: tuple[str, ...]
@@ -25,12 +33,11 @@ class Run(NamedTuple):
     @property
     def arguments(self) -> tuple[str, ...]:
         given = "--preset", self.preset, "--seed", str(self.seed), "--run", str(self.folder)
-        return *given, *self.flags
+        return *given, *QUIET, *self.flags
 
-
-def trained(preset: str, flags: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
-    """One run; see `all_trained`."""
-    return all_trained([Run(preset, tuple(flags), seed, folder)])[0]
+    @property
+    def task(self) -> Any:
+        return flags.train(list(self.arguments)).task
 
 
 def all_trained(runs: Sequence[Run], at_once: int = 1) -> list[dict[str, Any]]:
@@ -68,33 +75,68 @@ def final(run: Run) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def evaluated(folder: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """What is in the evaluation.json of a run; see `all_evaluated`."""
-    return all_evaluated([folder], flags)[0]
-
-
 def all_evaluated(
     folders: Sequence[Path], flags: Sequence[str] = (), at_once: int = 1
 ) -> list[dict[str, Any]]:
-    """What `evaluate` with these flags writes of each run; kept until the run goes on."""
-    kept = [folder / "evaluated.json" for folder in folders]
-    jobs, made = [], []
-    for folder, file in zip(folders, kept, strict=True):
+    """What `evaluate` with these flags writes of each run.
+
+    Kept until the run goes on, or the file of its task, which says what is measured, changes.
+    """
+    jobs, made = [], {}
+    for folder in folders:
+        file = folder / "evaluated.json"
+        about = {"flags": list(flags), "task": digest(folder)}
         since = (folder / "final.json").stat().st_mtime_ns
         fresh = file.exists() and file.stat().st_mtime_ns >= since
-        if fresh and json.loads(file.read_text("utf-8"))["flags"] == list(flags):
+        if fresh and about.items() <= json.loads(file.read_text("utf-8")).items():
             continue
         arguments = ("--checkpoint", str(folder), "--no-plot", *flags)
         name = f"{folder.parent.name}/{folder.name}"
         jobs.append(Job(name, "evaluate", arguments, Path(f"{folder}.log")))
-        made.append((folder, file))
-    processes.run(jobs, at_once)
-    for folder, file in made:
-        found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+        made[name] = file, about
+
+    def ended(job: Job) -> None:
+        file, about = made[job.name]
+        found = json.loads(file.with_name("evaluation.json").read_text("utf-8"))
         new = file.with_name("evaluated.json.new")
-        new.write_text(json.dumps({"flags": list(flags), "found": found}), "utf-8")
+        new.write_text(json.dumps(about | {"found": found}), "utf-8")
         os.replace(new, file)
+
+    processes.run(jobs, at_once, ended)
+    kept = (folder / "evaluated.json" for folder in folders)
     return [json.loads(file.read_text("utf-8"))["found"] for file in kept]
+
+
+def digest(folder: Path) -> str:
+    """Of the file that has the task of a run."""
+    config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
+    return file_digest(Path(inspect.getfile(type(config.task))))
+
+
+@functools.cache
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parameters(task: Any) -> int:
+    """How many numbers a task's model learns."""
+    shapes = nnx.eval_shape(lambda: task.build(nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+
+def heldout(folder: Path, name: str) -> list[tuple[float, float]]:
+    """(step, a held-out metric) of each validation of a run."""
+    rows, name = metrics.read(folder), f"heldout_{name}"
+    return [(float(row["step"]), row[name]) for row in rows if row.get(name) is not None]
+
+
+def averaged(curves: Iterable[Iterable[Sequence[float]]]) -> list[list[float]]:
+    """(x, mean of y, its spread or 0) of curves of (x, y), one a seed, over the same x."""
+    points = []
+    for each in zip(*curves, strict=True):
+        mean, spread = mean_and_spread(float(y) for _, y in each)
+        points.append([float(each[0][0]), mean, spread or 0.0])
+    return points
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float | None]:

@@ -7,9 +7,9 @@ Others of equal size: `--model.pattern convlstm`, and `--model.pattern attention
 transformer over the places of all frames. `evaluate` rolls them out: errors and seconds by frame, a
 film strip and a GIF. `python -m scanax.experiments.reproduce video` measures all three.
 
-One core of an EPYC, held-out squared errors of a pixel in the next frame after 500 steps of a trial,
-seed 5: ConvS5 0.0120 (2 minutes), ConvLSTM 0.0128 (1.5), attention 0.0141 (7). With two digits 500
-steps are too few: roll-outs run together into a blot after 8 frames.
+One core of an EPYC, held-out squared errors of a pixel in the next frame after 500 steps of a
+trial, seed 5: ConvS5 0.0120 (2 minutes), ConvLSTM 0.0128 (1.5), attention 0.0141 (7). With two
+digits 500 steps are too few: roll-outs run together into a blot after 8 frames.
 """
 
 from scanax.experiments.config import TrainConfig

@@ -21,7 +21,6 @@ from ..trained import Run, all_trained, mean_and_spread
 from . import Experiment, Measured, Setting
 
 MIXERS = ("aaren", "attention")
-COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
 SMALL = "--steps 2 --validate-every 0 --model.width 16 --model.depth 1 "
 STEPS = {"sunspots": 200, "co2": 400, "elnino": 400, "unemployment": 100, "inflation": 100}
 TASKS = {
@@ -70,7 +69,7 @@ def run(setting: Setting) -> Measured:
 
 def given(own: str, mixer: str, setting: Setting) -> tuple[str, ...]:
     small = SMALL if setting.small else ""
-    return tuple(f"{COMMON}{own} --model.pattern {mixer}+gelu {small}".split())
+    return tuple(f"{own} --model.pattern {mixer}+gelu {small}".split())
 
 
 def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[float]]]:

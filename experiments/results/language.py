@@ -10,13 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from flax import nnx
-
-from ...models import LM, LMConfig
-from .. import flags, metrics
+from .. import flags
 from ..plots import panels
-from ..trained import Run, all_trained, mean_and_spread
+from ..tasks.lm import LMTask
+from ..trained import Run, all_trained, averaged, heldout, mean_and_spread, parameters
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -32,7 +29,7 @@ MODELS = {
 ROWS, LENGTH, STEPS, POINTS = 8, 128, 600, 12  # points of a curve, evenly spaced
 COMMON = (
     f"--rows {ROWS} --length {LENGTH} --steps {STEPS} --validate-every {STEPS // POINTS} "
-    "--model.width 128 --model.depth 4 --save-every 0 --keep 1 --no-plot --no-tensorboard "
+    "--model.width 128 --model.depth 4 "
 )
 SMALL = "--steps 2 --validate-every 0 --final-batches 1 --heldout-batches 1 --model.width 32 "
 SMALL += "--model.mamba2.head-width 16 "
@@ -47,24 +44,19 @@ COLUMNS = [
 ]
 
 
-def parameters(config: LMConfig) -> int:
-    shapes = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    return sum(x.size for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+def task(given: Sequence[str]) -> LMTask:
+    """The task that flags of `train` make."""
+    return flags.train(["--run", "runs", *given]).task
 
 
-def model(given: Sequence[str]) -> LMConfig:
-    """The model that flags of `train` make."""
-    return flags.train(["--run", "runs", *given]).task.model
+def with_hidden(task: LMTask, width: int) -> LMTask:
+    mlp = dataclasses.replace(task.model.mlp, hidden=width)
+    return dataclasses.replace(task, model=dataclasses.replace(task.model, mlp=mlp))
 
 
-def hidden(config: LMConfig, wanted: int) -> int:
+def hidden(task: LMTask, wanted: int) -> int:
     """The width of the MLPs, a multiple of 8, at which a model is nearest to so many parameters."""
-
-    def at(width: int) -> int:
-        mlp = dataclasses.replace(config.mlp, hidden=width)
-        return parameters(dataclasses.replace(config, mlp=mlp))
-
-    least, next_ = at(8), at(16)
+    least, next_ = (parameters(with_hidden(task, width)) for width in (8, 16))
     return 8 + 8 * max(0, round((wanted - least) / (next_ - least)))
 
 
@@ -73,13 +65,12 @@ def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
     common, wanted, found = COMMON + (SMALL if small else ""), None, {}
     for name, own in MODELS.items():
         given = [*common.split(), *own.split()]
-        config = model(given)
-        if wanted is not None and "glu" in config.pattern:
-            width = hidden(config, wanted)
+        made = task(given)
+        if wanted is not None and "glu" in made.model.pattern:
+            width = hidden(made, wanted)
             given += ["--model.mlp.hidden", str(width)]
-            mlp = dataclasses.replace(config.mlp, hidden=width)
-            config = dataclasses.replace(config, mlp=mlp)
-        count = parameters(config)
+            made = with_hidden(made, width)
+        count = parameters(made)
         wanted = wanted or count
         if not small and abs(count / wanted - 1) > WITHIN:
             raise ValueError(
@@ -103,11 +94,17 @@ def run(setting: Setting) -> Measured:
         seconds, _ = mean_and_spread(end["seconds"] for end in ends)
         tokens = ends[0]["step"] * ROWS * LENGTH
         rows.append([name, mean, spread, ends[0]["parameters"], tokens, seconds])
-        curves[name] = curve([runs[name, seed].folder for seed in setting.seeds])
+        curves[name] = averaged(
+            [
+                (step * ROWS * LENGTH / 1e6, bits)
+                for step, bits in heldout(runs[name, seed].folder, "bits_per_byte")
+            ]
+            for seed in setting.seeds
+        )
     rows.sort(key=lambda row: row[1])
     notes = [
         f"Python's standard library as bytes, {ROWS} rows of {LENGTH} a step, "
-        f"{rows[0][4] // ROWS // LENGTH} steps; the same AdamW for all, learning rate 3e-3. Means "
+        f"{rows[0][4] // ROWS // LENGTH} steps; the same AdamW for all. Means "
         "over the seeds; the spread is the standard deviation over them. Held out are documents "
         "that no run trains on, read in rows of the training length.",
         "Time is of the whole run on its core, compilation and validations included: equal are the "
@@ -124,20 +121,6 @@ def run(setting: Setting) -> Measured:
 
 def short(name: str) -> str:
     return name.lower().replace(" + ", "-")
-
-
-def curve(folders: list[Path]) -> list[list[float]]:
-    """(million tokens, bits per byte held out, spread), means over the seeds."""
-    held = {}
-    for folder in folders:
-        for row in metrics.read(folder):
-            if "heldout_bits_per_byte" in row:
-                held.setdefault(row["step"], []).append(row["heldout_bits_per_byte"])
-    points = []
-    for step, values in sorted(held.items()):
-        mean, spread = mean_and_spread(values)
-        points.append([step * ROWS * LENGTH / 1e6, mean, spread or 0.0])
-    return points
 
 
 def answer(rows: list[list]) -> str:

@@ -1,19 +1,17 @@
 """Mamba copies data from among noise; without selection it cannot (Mamba, arXiv:2312.00752).
 
 Two layers of Mamba, and the same with step size, B and C that do not depend on the input, are
-trained alike: sixteen tokens at random places among noise are to be said in their order.
+trained alike: data tokens at random places among noise are to be said in their order.
 """
 
 from pathlib import Path
 
-from .. import metrics
 from ..plots import panels
-from ..trained import Run, all_evaluated, all_trained, mean_and_spread
+from ..trained import Run, all_evaluated, all_trained, averaged, heldout, mean_and_spread
 from . import Experiment, Measured, Setting
 
 PRESET = "recall-selective-copying"
 MODELS = {"Mamba": "", "Mamba without selection": "--model.mamba.no-selective"}
-COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
 SMALL = "--steps 2 --validate-every 1 --length 16 --items 4 --heldout-batches 1 --final-batches 1 "
 SMALL += "--model.width 16 --model.mamba.state 4 "
 COLUMNS = [
@@ -29,7 +27,7 @@ COLUMNS = [
 def run(setting: Setting) -> Measured:
     small = SMALL if setting.small else ""
     runs = {
-        (name, seed): Run(PRESET, tuple(f"{COMMON}{small}{own}".split()), seed, folder)
+        (name, seed): Run(PRESET, tuple(f"{small}{own}".split()), seed, folder)
         for seed in setting.seeds
         for name, own in MODELS.items()
         for folder in [setting.folder / f"{name.lower().replace(' ', '-')}-{seed}"]
@@ -44,38 +42,24 @@ def run(setting: Setting) -> Measured:
         exact, _ = mean_and_spread(100 * ends[each]["exact"] for each in mine)
         seconds, _ = mean_and_spread(ends[each]["seconds"] for each in mine)
         rows.append([name, *right, exact, ends[mine[0]]["parameters"], seconds])
-        curves[f"{name} by step"] = by_step([runs[each].folder for each in mine])
-        curves[f"{name} by item"] = averaged([found[each]["by_item"] for each in mine], "item")
+        by_step = [heldout(runs[each].folder, "accuracy") for each in mine]
+        curves[f"{name} by step"] = averaged([(x, 100 * y) for x, y in one] for one in by_step)
+        curves[f"{name} by item"] = averaged(by(found[each], "item") for each in mine)
+    task = next(iter(runs.values())).task
     notes = [
-        "Guessing gives 7.1 %. The same AdamW, rows and steps for both; means over the seeds, the "
-        "spread is the standard deviation over them; measured on rows that no run trains on."
+        f"{task.items} data tokens of {task.length} in a row, {task.rows} rows a step; guessing "
+        f"gives {100 / (task.model.vocab - 2):.1f} %. The same AdamW and steps for both; means "
+        "over the seeds, the spread is the standard deviation over them; measured on rows that no "
+        "run trains on."
     ]
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
         "curves": curves
     }
 
 
-def by_step(folders: list[Path]) -> list[list[float]]:
-    """(step, % of held-out answers right, spread), means over the seeds."""
-    held: dict[int, list[float]] = {}
-    for folder in folders:
-        for row in metrics.read(folder):
-            if "heldout_accuracy" in row:
-                held.setdefault(row["step"], []).append(100 * row["heldout_accuracy"])
-    return [[float(step), *spread_or_zero(values)] for step, values in sorted(held.items())]
-
-
-def averaged(curves: list[list[dict]], over: str) -> list[list[float]]:
-    """(x, % right, spread), means over the seeds of what `evaluate` finds by x."""
-    return [
-        [float(each[0][over]), *spread_or_zero([100 * one["accuracy"] for one in each])]
-        for each in zip(*curves, strict=True)
-    ]
-
-
-def spread_or_zero(values: list[float]) -> tuple[float, float]:
-    mean, spread = mean_and_spread(values)
-    return mean, spread or 0.0
+def by(evaluation: dict, over: str) -> list[tuple[float, float]]:
+    """(x, % right) of a curve that `evaluate` finds of a run."""
+    return [(float(point[over]), 100 * point["accuracy"]) for point in evaluation[f"by_{over}"]]
 
 
 def answer(rows: list[list]) -> str:

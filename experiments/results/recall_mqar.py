@@ -7,9 +7,9 @@ with states of several sizes, behind the same block of a short convolution.
 from pathlib import Path
 
 from ..plots import panels
-from ..trained import Run, all_evaluated, all_trained, mean_and_spread
+from ..trained import Run, all_evaluated, all_trained, averaged, mean_and_spread
 from . import Experiment, Measured, Setting
-from .recall_copying import averaged
+from .recall_copying import by
 
 PRESET = "recall-mqar"
 SIZES = {  # of states: by heads, which share the width, or by numbers per channel
@@ -18,7 +18,7 @@ SIZES = {  # of states: by heads, which share the width, or by numbers per chann
     "lightning": ("lightning.heads", (16, 4, 1)),
     "mamba": ("mamba.state", (4, 16, 64)),
     "mamba2": ("mamba2.state", (8, 32, 128)),
-    "aaren": ("aaren.heads", (16, 4)),
+    "aaren": ("aaren.heads", (4, 16)),
     "attention": ("attention.heads", (1,)),
 }
 NAMES = {
@@ -30,9 +30,8 @@ NAMES = {
     "aaren": "Aaren",
     "attention": "attention",
 }
-COMMON = "--save-every 0 --keep 1 --no-plot --no-tensorboard "
 SMALL = "--steps 2 --validate-every 0 --length 16 --items 4 --heldout-batches 1 --final-batches 1 "
-SMALL += "--model.vocab 32 --model.width 16 "
+SMALL += "--model.vocab 32 --model.width 16 --model.mamba2.head-width 16 "
 COLUMNS = [
     "mixer",
     "size",
@@ -50,8 +49,8 @@ def run(setting: Setting) -> Measured:
         (mixer, size, seed): Run(PRESET, tuple(given.split()), seed, folder)
         for seed in setting.seeds
         for mixer, (flag, sizes) in SIZES.items()
-        for size in (sizes[:1] if setting.small else sizes)
-        for given in [f"{COMMON}{small}--model.pattern conv,{mixer} --model.{flag} {size}"]
+        for size in (sizes[-1:] if setting.small else sizes)
+        for given in [f"{small}--model.pattern conv,{mixer} --model.{flag} {size}"]
         for folder in [setting.folder / f"{mixer}-{size}-{seed}"]
     }
     ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
@@ -67,13 +66,16 @@ def run(setting: Setting) -> Measured:
         rows.append([name, flag, state, right, spread, ends[mine[0]]["parameters"], seconds])
         curves.setdefault(f"{name} by state", []).append([state, right, spread or 0.0])
         # of the largest state, which comes last
-        curves[f"{name} by pairs"] = averaged([found[each]["by_pairs"] for each in mine], "pairs")
+        curves[f"{name} by pairs"] = averaged(by(found[each], "pairs") for each in mine)
+    task = next(iter(runs.values())).task
     notes = [
-        "Two blocks of width 64: a short convolution (LFM2's), which makes one vector of a key and "
-        "the value after it, and the mixer. The same AdamW, rows and steps for all; means over the "
+        f"{task.items} pairs in {task.length} tokens, {task.rows} rows a step. Blocks of width "
+        f"{task.model.width}: a short convolution (LFM2's), which makes one vector of a key and "
+        "the value after it, and the mixer. The same AdamW and steps for all; means over the "
         "seeds, the spread is the standard deviation over them; measured on rows that no run "
         "trains on. The state is that of one row, convolutions' included, attention's cache as "
-        "long as the row. By pairs: the largest state of each mixer, trained on the most pairs.",
+        "long as the row. Numbers of state per channel (Mamba, Mamba-2) bring parameters with "
+        f"them. By pairs: the largest state of each mixer, trained on {task.items} pairs.",
     ]
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
         "curves": curves

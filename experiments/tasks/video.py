@@ -18,9 +18,7 @@ from .base import ModelTask, next_commands
 
 ALL = slice(None)
 SHOWN = 10  # frames of the film strip
-SEGMENT = (
-    16  # frames of the first roll-out that is timed; each further one is as long as all before
-)
+ORDINARY = 256  # training clips that the mean of all frames is taken of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,7 @@ class VideoTask(ModelTask):
         given, truth = truth[:, : self.condition], truth[:, self.condition :]
         made = generated(model, given, self.rollout)
         seconds = seconds_per_frame(model, given, self.rollout)
-        ordinary = self.batch((3, 0, 0), False)["targets"].mean((0, 1))
+        ordinary = self.clips((3, 0, 0), range(ORDINARY), self.frames, False).mean((0, 1))
         errors = {
             "model": by_frame(made, truth),
             "the last frame, copied": by_frame(given[:, -1:], truth),

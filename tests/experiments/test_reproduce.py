@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scanax.experiments import processes, reproduce, results, sections, trained
+from flax import nnx
+from scanax.experiments import flags, processes, reproduce, results, sections, trained
+from scanax.experiments.config import to_json
 from scanax.experiments.results import decode, language, lightning
+from scanax.experiments.tasks.recall import LENGTHS
 from support.runs import SMALL
 
 STATIC = "# Results\n\nBefore.\n\n<!-- lightning -->\nold\n<!-- /lightning -->\n\n## After\n"
@@ -73,7 +76,7 @@ def test_small_sizes_of_the_cheap_ones(tmp_path, capsys):
 # what runs leave, of every task at once
 LEFT = {"step": 2, "seconds": 3.0, "parameters": 100, "exact": 0.5, "loss": 1.25, "mse": 0.9}
 LEFT |= {"bits_per_byte": 2.5, "accuracy": 0.75}
-SHARES = {"item": range(1, 5), "length": [2**n for n in range(6, 14)], "pairs": [1, 2, 4]}
+SHARES = {"item": range(1, 5), "length": LENGTHS, "pairs": [1, 2, 4]}
 EVALUATED = {
     "heldout": LEFT,
     "state_bytes": 64,
@@ -92,15 +95,22 @@ def test_rows_of_runs_that_train(name, tmp_path, monkeypatch):
     """Each run's ends stand in its row; what is timed besides is timed at small sizes."""
     asked = []
 
-    def run(jobs, at_once=1):
+    def run(jobs, at_once=1, ended=None):
         for job in jobs:
             asked.append(job.module)
             folder = job.log.with_suffix("")
+            config = flags.train(list(job.arguments)) if job.module == "train" else None
+            if config is not None:  # as the run itself would: what cannot be built is said
+                nnx.eval_shape(lambda task=config.task: task.build(nnx.Rngs(0)))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "evaluation.json").write_text(json.dumps(EVALUATED))
             (folder / "final.json").write_text(json.dumps(LEFT))
             held = {f"heldout_{k}": x for k, x in LEFT.items()}
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 2} | held) + "\n")
+            if config is not None:
+                (folder / "config.json").write_text(json.dumps(to_json(config)))
+            if ended:
+                ended(job)
 
     monkeypatch.setattr(processes, "run", run)
     assert reproduce.main([name, "--small", "--seeds", "3", "--out", str(tmp_path)]) == 0
@@ -185,7 +195,7 @@ def test_models_of_equal_parameters(monkeypatch):
     """MLPs make up for what mixers lack; models that cannot be made equal are refused."""
     chosen = {name: language.MODELS[name] for name in ("Mamba", "Mamba-2", "RetNet", "attention")}
     monkeypatch.setattr(language, "MODELS", chosen)
-    sizes = [language.parameters(language.model(given)) for given in language.sized().values()]
+    sizes = [trained.parameters(language.task(given)) for given in language.sized().values()]
     assert len(sizes) == 4 and max(sizes) / min(sizes) < 1.03
     monkeypatch.setattr(language, "WITHIN", 0.001)
     with pytest.raises(ValueError, match=r"Mamba-2 has 855,508 parameters, not within 0.1% of"):
@@ -194,40 +204,48 @@ def test_models_of_equal_parameters(monkeypatch):
 
 def test_runs_are_trained_once_and_go_on(texts, tmp_path, monkeypatch):
     """A run at its end is not trained again, of other flags refused, a stopped one goes on."""
-    flags = f"--data.paths {texts} {SMALL} --steps 2 --no-plot --no-tensorboard".split()
+    given = f"--data.paths {texts} {SMALL} --steps 2".split()
     folder, jobs, real = tmp_path / "runs" / "small-1", [], processes.run
 
-    def run(some, at_once=1):
+    def run(some, at_once=1, ended=None):
         jobs.extend(some)
         real(some, at_once)
 
     monkeypatch.setattr(processes, "run", run)
-    found = trained.trained("stdlib", flags, 1, folder)
+    found = trained.all_trained([trained.Run("stdlib", tuple(given), 1, folder)])[0]
     assert found["step"] == 2 and found["bits_per_byte"] > 0 and found["parameters"] > 1000
     config = json.loads((folder / "config.json").read_text())
     assert config["seed"] == 1 and len(jobs) == 1 and jobs[0].module == "train"
-    assert trained.trained("stdlib", flags, 1, folder) == found and len(jobs) == 1
+    run = trained.Run("stdlib", tuple(given), 1, folder)
+    assert trained.all_trained([run]) == [found] and len(jobs) == 1
     with pytest.raises(ValueError, match=r"small-1 holds another run: .*width is 32, was 16"):
-        trained.trained("stdlib", [*flags, "--model.width", "32"], 1, folder)
+        trained.all_trained([run._replace(flags=(*given, "--model.width", "32"))])
     (folder / "final.json").unlink()
-    job = trained.remaining(trained.Run("stdlib", tuple(flags), 1, folder))
+    job = trained.remaining(run)
     assert job is not None and job.arguments == ("--resume", "--run", str(folder))
 
 
 def test_an_evaluation_is_kept_until_its_run_goes_on(tmp_path, monkeypatch):
     done = []
 
-    def run(jobs, at_once=1):
+    def run(jobs, at_once=1, ended=None):
         for job in jobs:
             done.append(job.arguments)
             (tmp_path / "evaluation.json").write_text(json.dumps({"number": len(done)}))
+            ended(job)
+
+    def evaluated(*flags):
+        return trained.all_evaluated([tmp_path], flags)[0]["number"]
 
     monkeypatch.setattr(processes, "run", run)
     (tmp_path / "final.json").write_text("{}")
-    assert trained.evaluated(tmp_path, ["--tokens", "9"]) == {"number": 1}
-    assert trained.evaluated(tmp_path, ["--tokens", "9"]) == {"number": 1}
+    config = flags.train(["--preset", "digits-sequence", "--run", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    assert [evaluated("--tokens", "9"), evaluated("--tokens", "9")] == [1, 1]
     assert done == [("--checkpoint", str(tmp_path), "--no-plot", "--tokens", "9")]
-    assert trained.evaluated(tmp_path) == {"number": 2}
+    assert evaluated() == 2
+    monkeypatch.setattr(trained, "file_digest", lambda _: "the task was changed")
+    assert [evaluated(), evaluated()] == [3, 3]
 
 
 def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
