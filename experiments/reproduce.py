@@ -13,6 +13,7 @@ import sys
 if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # this folder's files must not shadow installed libraries
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -20,8 +21,9 @@ import platform
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -83,8 +85,9 @@ def check(config: Reproduce) -> None:
         raise ValueError(f"name what to measure: {', '.join(results.names())}; or --list")
     for name in config.names:
         results.find(name)
-        if config.redraw and not figures(config, name).exists():
-            raise ValueError(f"--redraw: there is no {figures(config, name)}")
+        file = figures(config, name)
+        if config.redraw and not (file.exists() or file.with_name(f"{file.name}.new").exists()):
+            raise ValueError(f"--redraw: there is no {file}")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
         raise ValueError(f"--seeds {config.seeds}: one or more are needed, each once, from 0 up")
     if not 1 <= config.jobs <= timing.available():
@@ -115,18 +118,21 @@ def figures(config: Reproduce, name: str) -> Path:
 def reproduce(name: str, config: Reproduce) -> None:
     """Measure, draw and write one; whatever fails before the end leaves what was there."""
     experiment, file = results.find(name), figures(config, name)
+    new = file.with_name(f"{file.name}.new")
     if config.redraw:
-        measured = json.loads(file.read_text("utf-8")) | {"claim": experiment.claim}
+        before = new if new.exists() else file
+        measured = json.loads(before.read_text("utf-8")) | {"claim": experiment.claim}
     else:
         print(f"{name}: {experiment.claim}", file=sys.stderr, flush=True)
         measured = measure(name, config)
     file.parent.mkdir(exist_ok=True)
+    # a line a row, so that a changed figure is a changed line
+    lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
+    new.write_text(lines + "\n", "utf-8")  # if it cannot be drawn, --redraw finds it
     picture = file.with_suffix(".png")
     experiment.draw(measured, picture.with_name(f"{picture.name}.new"))
     os.replace(picture.with_name(f"{picture.name}.new"), picture)
-    # a line a row, so that a changed figure is a changed line
-    lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
-    write(file, lines + "\n")
+    os.replace(new, file)
     there = [(file.parent / f"{other}.json") for other in results.names()]
     every = [json.loads(path.read_text("utf-8")) for path in there if path.exists()]
     folder = file.parent.parent
@@ -136,18 +142,42 @@ def reproduce(name: str, config: Reproduce) -> None:
 
 def measure(name: str, config: Reproduce) -> Measured:
     """What an experiment finds, and on what, when and by what it was found."""
-    experiment, begun = results.find(name), time.monotonic()
+    experiment = results.find(name)
     kept = config.out / "runs" / name if config.small and config.out else RUNS / name
-    found = experiment.run(Setting(config.seeds, config.small, config.jobs, kept))
+    with spending(kept, machine(config.jobs)) as spent:
+        try:
+            found = experiment.run(Setting(config.seeds, config.small, config.jobs, kept))
+        except KeyError as error:
+            raise ValueError(f"a run in {kept} lacks {error}: remove those of before") from error
     return {
         "name": name,
         "claim": experiment.claim,
         "command": command(name, config),
-        "machine": machine(config.jobs),
-        "seconds": round(time.monotonic() - begun),
+        "machine": "; ".join(spent["machines"]),
+        "seconds": round(spent["seconds"]),
         "date": str(datetime.date.today()),
         "seeds": list(config.seeds),
     } | found
+
+
+@contextlib.contextmanager
+def spending(kept: Path, what: str) -> Iterator[dict[str, Any]]:
+    """Seconds and machines of all commands that the kept runs are of, in `spent.json` beside them.
+
+    They are complete once this ends; an error in between counts too.
+    """
+    file, begun = kept / "spent.json", time.monotonic()
+    spent: dict[str, Any] = {"seconds": 0.0, "machines": []}
+    if file.exists():
+        spent = json.loads(file.read_text("utf-8"))
+    if what not in spent["machines"]:
+        spent["machines"].append(what)
+    try:
+        yield spent
+    finally:
+        spent["seconds"] += time.monotonic() - begun
+        if kept.exists():  # what keeps no runs is measured anew
+            write(file, json.dumps(spent))
 
 
 def command(name: str, config: Reproduce) -> str:

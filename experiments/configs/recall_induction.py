@@ -3,8 +3,9 @@
     python -m scanax.experiments.train --preset recall-induction
     python -m scanax.experiments.evaluate --checkpoint runs/recall-induction
 
-Not solved yet: in a trial of 8 rows a step at a rate of 4e-3 every answer was still a guess after
-1100 steps (two minutes of one core of an EPYC). A row has one answer, so steps here take 32.
+Rows to train on ask eight times. With one question a row, as in the paper, every answer was still a
+guess after 1100 steps; with eight all are right after 300, in a trial with seed 0, a minute of one
+core of an EPYC.
 """
 
 from scanax.experiments.config import TrainConfig

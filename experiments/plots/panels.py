@@ -17,6 +17,8 @@ class Panel(NamedTuple):
     lines: Mapping[str, Sequence[Sequence[float]]]
     log: Literal["", "x", "xy"] = ""
     """Which axes are logarithmic: x by powers of two, y by powers of ten."""
+    names: Sequence[str] = ()
+    """What stands at x = 0, 1, ... where x is no measure; points are then not joined."""
 
 
 def draw(path: Path, panels: Sequence[Panel]) -> None:
@@ -40,6 +42,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=size,
                 linewidth=size / 3.5,
+                linestyle="none" if panel.names else "-",
                 capsize=2,
             )
         if "x" in panel.log:
@@ -47,6 +50,8 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
             axes.xaxis.set_major_formatter(lambda x, _: short(x))
         if "y" in panel.log:
             axes.set_yscale("log")
+        if panel.names:
+            axes.set_xticks(range(len(panel.names)), panel.names, rotation=30, ha="right")
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         axes.grid(alpha=0.3)
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=4)

@@ -1,6 +1,6 @@
 """A recurrent mixer's token costs one time and one state at every context (arXiv:2307.08621).
 
-RetNet's O(1) decoding, of every mixer here, Aaren (arXiv:2405.13956) among them, beside softmax
+RetNet's O(1) decoding, of these mixers, Aaren (arXiv:2405.13956) among them, beside softmax
 attention, whose cache grows. A model of each reads random tokens up to a context less what is
 timed, then decodes to that context, a call a token, the state donated.
 """
@@ -148,9 +148,9 @@ def notes(rows, width, depth, steps) -> list[str]:
         for mixer in MIXERS:
             wins = [r[1] for r in rows if r[0] == mixer and theirs[r[1]][column] < r[column]]
             if wins:
-                parts.append(f"than {mixer} up to {max(wins):,}")
+                parts.append(f"than {mixer} at " + ", ".join(f"{n:,}" for n in wins))
         if parts:
-            said.append(f"Contexts at which attention is {what}: {', '.join(parts)} tokens.")
+            said.append(f"Contexts, in tokens, at which attention is {what}: {'; '.join(parts)}.")
     return said
 
 
