@@ -6,11 +6,11 @@ arXiv:2210.02396), with handwritten digits of 8 x 8 pixels, enlarged, in the pla
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-MISSING = "the package scikit-learn is missing: pip install 'scanax[datasets]'"
+from .images import handwritten, resized
+
 HELD_OUT = 5  # one digit in so many is never trained on
 
 
@@ -20,23 +20,10 @@ def digits(size: int, heldout: bool) -> np.ndarray:
 
     Enlarged by linear interpolation between the centres of pixels. ValueError without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits  # an extra
-    except ImportError:
-        raise ValueError(MISSING) from None
-    data: Any = load_digits()
-    images = data.images / 16.0
+    images, _ = handwritten()
     order = np.random.default_rng(0).permutation(len(images))
     cut = len(images) // HELD_OUT
-    images = images[order[:cut] if heldout else order[cut:]]
-    weights = enlargement(images.shape[1], size)
-    return np.einsum("ai,nij,bj->nab", weights, images, weights).astype(np.float32)
-
-
-def enlargement(before: int, after: int) -> np.ndarray:
-    """Rows (after, before) of the weights of linear interpolation; each sums to 1."""
-    place = np.clip((np.arange(after) + 0.5) * before / after - 0.5, 0, before - 1)
-    return np.maximum(1 - np.abs(place[:, None] - np.arange(before)), 0)
+    return resized(images[order[:cut] if heldout else order[cut:]], (size, size), "linear")
 
 
 def paths(random: np.random.Generator, count: int, frames: int, speed: float) -> np.ndarray:

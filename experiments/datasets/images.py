@@ -1,8 +1,25 @@
-"""Images (N, height, width), float32: made larger or smaller, and moved."""
+"""Images (N, height, width), float32: those of scikit-learn; made larger or smaller, and moved."""
 
-from typing import Literal
+import functools
+import importlib
+from typing import Any, Literal
 
 import numpy as np
+
+
+@functools.cache
+def handwritten() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's digits: images (1797, 8, 8) from 0 to 1, and labels (1797,), int32.
+
+    ValueError without scikit-learn.
+    """
+    try:
+        data: Any = importlib.import_module("sklearn.datasets").load_digits()
+    except ImportError:
+        raise ValueError(
+            "the package scikit-learn is missing: pip install 'scanax[datasets]'"
+        ) from None
+    return (data.images / 16).astype(np.float32), data.target.astype(np.int32)
 
 
 def resized(

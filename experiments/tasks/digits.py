@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from dataclasses import field
 from functools import partial
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ import numpy as np
 
 from ...layers import router
 from ...models import SeriesConfig, SeriesModel
+from ..datasets.images import handwritten
 from . import Batch, Metrics, Score
 from .base import ModelTask, next_commands
 
@@ -91,13 +91,8 @@ class DigitsTask(ModelTask):
 @functools.cache
 def images() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Pixels (images, 64, 1) float32 from 0 to 1 and labels int32: to train on, and held out."""
-    try:
-        data: Any = importlib.import_module("sklearn.datasets").load_digits()
-    except ImportError:
-        raise ValueError(
-            "the package scikit-learn is missing: pip install 'scanax[datasets]'"
-        ) from None
-    order = np.random.default_rng(0).permutation(len(data.target))
-    x = (data.data[order, :, None] / 16).astype(np.float32)
-    labels, count = data.target[order].astype(np.int32), int(TRAINING * len(order))
+    squares, labels = handwritten()
+    order = np.random.default_rng(0).permutation(len(labels))
+    x, labels = squares.reshape(-1, PIXELS, 1)[order], labels[order]
+    count = int(TRAINING * len(order))
     return (x[:count], labels[:count]), (x[count:], labels[count:])

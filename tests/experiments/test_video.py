@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image  # it comes with matplotlib
 from scanax.experiments import evaluate, train
-from scanax.experiments.datasets.bouncing import clips, digits, enlargement, paths
+from scanax.experiments.datasets.bouncing import clips, digits, paths
 from scanax.experiments.metrics import read
 
 SMALL = "--preset video-bouncing --model.size 16 16 --model.patch 4 --model.stages 4 --digit 8 "
@@ -20,15 +20,6 @@ def test_digits_to_train_are_not_those_held_out():
     rows = [{image.tobytes() for image in part} for part in (train, held)]
     assert len(rows[0]) > 1400 and not rows[0] & rows[1]
     assert train.min() == 0 and train.max() == 1
-
-
-def test_enlargement_is_linear_interpolation_between_centres():
-    weights = enlargement(8, 12)
-    ramp = weights @ np.arange(8)
-    inside = (np.arange(12) + 0.5) * 8 / 12 - 0.5
-    np.testing.assert_allclose(ramp, np.clip(inside, 0, 7), atol=1e-12)
-    np.testing.assert_allclose(weights.sum(1), 1)
-    np.testing.assert_array_equal(enlargement(8, 8), np.eye(8))
 
 
 def test_paths_are_straight_at_one_speed_and_stay_inside():
