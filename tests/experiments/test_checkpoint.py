@@ -19,7 +19,7 @@ from scanax.experiments.checkpoint import (
     restore,
     steps,
 )
-from scanax.experiments.saving import SaveError, Saver
+from scanax.experiments.saving import SaveError, Saver, alone
 
 
 def state(value, size=5000):
@@ -242,3 +242,11 @@ def run(script, directory):
     )
     assert out.returncode == 0, out.stderr
     return out
+
+
+def test_a_folder_has_one_trainer(tmp_path):
+    taken = pytest.raises(ValueError, match=r"another process trains in .*: stop it, or wait")
+    with alone(tmp_path), taken, alone(tmp_path):
+        pytest.fail("two of them")
+    with alone(tmp_path):
+        pass
