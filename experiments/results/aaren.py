@@ -22,7 +22,7 @@ from . import Experiment, Measured, Setting
 
 MIXERS = ("aaren", "attention")
 SMALL = "--steps 2 --validate-every 0 --model.width 16 --model.depth 1 "
-STEPS = {"sunspots": 200, "co2": 400, "elnino": 400, "unemployment": 100, "inflation": 100}
+STEPS = {"sunspots": 200, "co2": 400, "elnino": 200, "unemployment": 200, "inflation": 100}
 TASKS = {
     f"forecast {name}": ("forecast", f"--series {name} --steps {steps}", "mse")
     for name, steps in STEPS.items()
