@@ -33,6 +33,7 @@ TASKS = {
 WHAT = {"mse": "mean squared error", "loss": "nats per event", "accuracy": "share right"}
 TOKENS = [2**n for n in range(6, 13)]
 ROUNDS = 3
+WITHIN = 0.02
 COLUMNS = [
     "task",
     "measure",
@@ -131,8 +132,10 @@ def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
     events = next(row for row in rows if row[1] == WHAT["loss"])
     right = next(row for row in rows if row[1] == WHAT["accuracy"])
     first, last = curves["time of aaren"][0][0], curves["time of aaren"][-1][0]
+    over = [name for name, ratio in errors.items() if ratio > 1 + WITHIN]
     return (
-        "Aaren's errors over attention's: "
+        f"not of {' and '.join(over)}: " * bool(over)
+        + "Aaren's errors over attention's are "
         + ", ".join(f"{name} {ratio:.3f}" for name, ratio in errors.items())
         + f"; of events {events[2] - events[4]:+.3f} nats; digits named right "
         f"{100 * right[2]:.1f} and {100 * right[4]:.1f} %; from {first:,.0f} to {last:,.0f} tokens "
