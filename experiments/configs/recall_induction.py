@@ -11,7 +11,10 @@ core of an EPYC.
 from scanax.experiments.config import TrainConfig
 from scanax.experiments.optimizer import OptimizerConfig
 from scanax.experiments.tasks.recall import RecallTask
+from scanax.layers import AarenConfig, AttentionConfig, GatedConvConfig, GLAConfig
 from scanax.models import LMConfig
+
+START = 64**-0.5  # with less, a mixer adds next to nothing for the first hundreds of steps
 
 config = TrainConfig(
     task=RecallTask(
@@ -19,7 +22,17 @@ config = TrainConfig(
         rows=8,
         length=256,
         items=8,
-        model=LMConfig(vocab=16, width=64, depth=2, pattern="mamba", init_std=0.125),
+        model=LMConfig(
+            vocab=16,
+            width=64,
+            depth=2,
+            pattern="mamba",
+            init_std=START,
+            conv=GatedConvConfig(init_std=START),
+            gla=GLAConfig(init_std=START),
+            aaren=AarenConfig(init_std=START),
+            attention=AttentionConfig(init_std=START),
+        ),
     ),
     steps=1000,
     validate_every=250,

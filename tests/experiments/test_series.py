@@ -10,6 +10,7 @@ import scipy.integrate
 import scipy.stats
 from scanax.experiments import evaluate, metrics, train
 from scanax.experiments.datasets import hawkes, series
+from scanax.experiments.datasets.images import handwritten
 from scanax.experiments.tasks import Task, digits, events
 from scanax.experiments.tasks.forecast import ForecastTask
 from support.compare import close
@@ -233,12 +234,12 @@ def test_what_cannot_be_is_said_in_a_line(name, more, says, tmp_path, capsys):
     ("module", "read"),
     [
         ("statsmodels.datasets.macrodata", lambda: series.load("inflation")),
-        ("sklearn.datasets", digits.images),
+        ("sklearn.datasets", handwritten),
     ],
 )
 def test_a_missing_package_names_the_extra(module, read, monkeypatch):
     series.load.cache_clear()
-    digits.images.cache_clear()
+    handwritten.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=r"missing: pip install 'scanax\[datasets\]'"):
         read()
