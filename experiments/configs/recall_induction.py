@@ -5,7 +5,7 @@
 
 Rows to train on ask eight times. With one question a row, as in the paper, every answer was still a
 guess after 1100 steps; with eight all are right after 300, in a trial with seed 0, a minute of one
-core of an EPYC. `python -m scanax.experiments.reproduce recall-induction` has other mixers beside it.
+core of an EPYC. Other mixers beside it: `python -m scanax.experiments.reproduce recall-induction`.
 """
 
 from scanax.experiments.config import TrainConfig
