@@ -200,7 +200,7 @@ def draw(measured: Measured, path: Path) -> None:
     early = panels.Panel("early exit", "patches read", "test images right (%)", exits)
     size = "patches of an image"
     speed = panels.Panel("forward and backward", size, "images per second", lines(6), "xy")
-    memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), "xy")
+    memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), "x")
     panels.draw(path, [early, speed, memory])
 
 

@@ -173,6 +173,7 @@ def test_what_one_process_finds_wrong_ends_both(texts, tmp_path):
         "real = saving.Saver.save\n"
         "def save(saver, step, *given, **more):\n"
         "    if step == 4 and not hosts.first():\n"
+        "        saver.wait()  # as it does itself: the save before this one is complete\n"
         "        raise saving.SaveError('the disk is full')\n"
         "    real(saver, step, *given, **more)\n"
         "saving.Saver.save = save\n"
