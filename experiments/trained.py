@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,19 +26,59 @@ QUIET = ("--save-every", "0", "--keep", "1", "--no-plot", "--no-tensorboard")
 class Run(NamedTuple):
     """What a run of `train` is given, besides what every run here is (QUIET), and its folder."""
 
-    preset: str
     flags: tuple[str, ...]
     seed: int
     folder: Path
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        given = "--preset", self.preset, "--seed", str(self.seed), "--run", str(self.folder)
-        return *given, *QUIET, *self.flags
+        return *QUIET, *self.flags, "--seed", str(self.seed), "--run", str(self.folder)
 
-    @property
-    def task(self) -> Any:
-        return flags.train(list(self.arguments)).task
+
+class Ended(NamedTuple):
+    """A run at its end."""
+
+    run: Run
+    final: dict[str, Any]
+    """Its final.json: step, seconds, parameters and held-out metrics."""
+    found: dict[str, Any]
+    """What `evaluate` found of it; empty where that was not asked for."""
+
+
+def task(given: Iterable[str]) -> Any:
+    """The task that flags of `train` make; ValueError for wrong ones."""
+    return flags.train(["--run", "runs", *given]).task
+
+
+def each_seed(
+    models: Mapping[str, Iterable[str]],
+    seeds: Iterable[int],
+    folder: Path,
+    at_once: int = 1,
+    evaluate: bool = True,
+) -> dict[str, list[Ended]]:
+    """Models, by name the flags of `train` that make them: how each ended with each of the seeds.
+
+    A run is kept in the folder, under its model's name and its seed.
+    """
+    runs = [
+        (name, Run(tuple(given), seed, folder / f"{file_name(name)}-{seed}"))
+        for seed in seeds
+        for name, given in models.items()
+    ]
+    finals = all_trained([run for _, run in runs], at_once)
+    found = [{} for _ in runs]
+    if evaluate:
+        found = all_evaluated([run.folder for _, run in runs], at_once=at_once)
+    ended: dict[str, list[Ended]] = {name: [] for name in models}
+    for (name, run), *rest in zip(runs, finals, found, strict=True):
+        ended[name].append(Ended(run, *rest))
+    return ended
+
+
+def file_name(name: str) -> str:
+    """Of a model's: its words."""
+    return "-".join(re.findall("[a-z0-9]+", name.lower()))
 
 
 def all_trained(runs: Sequence[Run], at_once: int = 1) -> list[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from .. import trained
 
 # What an experiment finds, as JSON: `columns`, names with units; `rows`, a list of cells each;
 # `found`, the answer in a sentence; `notes`, sentences; `curves`, by label points of a plot that
@@ -24,6 +26,12 @@ class Setting:
     """How many runs that train go at once, a core each."""
     folder: Path
     """Where runs that train are kept."""
+
+    def ended(
+        self, models: Mapping[str, Iterable[str]], evaluate: bool = True
+    ) -> dict[str, list[trained.Ended]]:
+        """Models, by name the flags of `train`: how each ended with each of the seeds."""
+        return trained.each_seed(models, self.seeds, self.folder, self.jobs, evaluate)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,18 +17,18 @@ from flax import nnx
 from ...models import SeriesConfig, SeriesModel, merge, split
 from .. import timing
 from ..plots import panels
-from ..trained import Run, all_trained, mean_and_spread
+from ..trained import mean_and_spread
 from . import Experiment, Measured, Setting
 
 MIXERS = ("aaren", "attention")
 SMALL = "--steps 2 --validate-every 0 --model.width 16 --model.depth 1 "
 STEPS = {"sunspots": 200, "co2": 400, "elnino": 200, "unemployment": 200, "inflation": 100}
 TASKS = {
-    f"forecast {name}": ("forecast", f"--series {name} --steps {steps}", "mse")
+    f"forecast {name}": (f"forecast --series {name} --steps {steps}", "mse")
     for name, steps in STEPS.items()
 } | {
-    "events": ("events-hawkes", "", "loss"),
-    "digits": ("digits-sequence", "", "accuracy"),
+    "events": ("events-hawkes", "loss"),
+    "digits": ("digits-sequence", "accuracy"),
 }
 WHAT = {"mse": "mean squared error", "loss": "nats per event", "accuracy": "share right"}
 TOKENS = [2**n for n in range(6, 13)]
@@ -49,17 +49,15 @@ COLUMNS = [
 
 
 def run(setting: Setting) -> Measured:
-    runs = {
-        (name, mixer, seed): Run(preset, given(own, mixer, setting), seed, folder)
-        for seed in setting.seeds
-        for name, (preset, own, _) in TASKS.items()
+    small = SMALL if setting.small else ""
+    models = {
+        f"{name} {mixer}": f"--preset {preset} {small}--model.pattern {mixer}+gelu".split()
+        for name, (preset, _) in TASKS.items()
         for mixer in MIXERS
-        for folder in [setting.folder / f"{name.replace(' ', '-')}-{mixer}-{seed}"]
     }
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    rows = []
-    for name, (_, _, measure) in TASKS.items():
-        found = {m: [ends[name, m, seed] for seed in setting.seeds] for m in MIXERS}
+    runs, rows = setting.ended(models, evaluate=False), []
+    for name, (_, measure) in TASKS.items():
+        found = {m: [each.final for each in runs[f"{name} {m}"]] for m in MIXERS}
         errors = {m: mean_and_spread(end[measure] for end in found[m]) for m in MIXERS}
         pairs = zip(*([end[measure] for end in found[m]] for m in MIXERS), strict=True)
         ratio = mean_and_spread(ours / theirs for ours, theirs in pairs)  # of the same seed
@@ -68,11 +66,6 @@ def run(setting: Setting) -> Measured:
     curves = streams(TOKENS[:2] if setting.small else TOKENS, setting.seeds)
     measured = {"columns": COLUMNS, "rows": rows, "curves": curves}
     return measured | {"found": answer(rows, curves), "notes": notes(curves)}
-
-
-def given(own: str, mixer: str, setting: Setting) -> tuple[str, ...]:
-    small = SMALL if setting.small else ""
-    return tuple(f"{own} --model.pattern {mixer}+gelu {small}".split())
 
 
 def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[float]]]:

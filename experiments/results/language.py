@@ -7,13 +7,11 @@ with rotary positions, and Mamba with one block of attention among its seven.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from .. import flags
 from ..plots import panels
 from ..tasks.lm import LMTask
-from ..trained import Run, all_trained, averaged, heldout, mean_and_spread, parameters
+from ..trained import averaged, heldout, mean_and_spread, parameters, task
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -28,8 +26,8 @@ MODELS = {
 }
 ROWS, LENGTH, STEPS, POINTS = 8, 128, 600, 12  # points of a curve, evenly spaced
 COMMON = (
-    f"--rows {ROWS} --length {LENGTH} --steps {STEPS} --validate-every {STEPS // POINTS} "
-    "--model.width 128 --model.depth 4 "
+    f"--preset stdlib --rows {ROWS} --length {LENGTH} --steps {STEPS} "
+    f"--validate-every {STEPS // POINTS} --model.width 128 --model.depth 4 "
 )
 SMALL = "--steps 2 --validate-every 0 --final-batches 1 --heldout-batches 1 --model.width 32 "
 SMALL += "--model.mamba2.head-width 16 "
@@ -42,11 +40,6 @@ COLUMNS = [
     "tokens",
     "time of a run (s)",
 ]
-
-
-def task(given: Sequence[str]) -> LMTask:
-    """The task that flags of `train` make."""
-    return flags.train(["--run", "runs", *given]).task
 
 
 def with_hidden(task: LMTask, width: int) -> LMTask:
@@ -81,25 +74,15 @@ def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
 
 
 def run(setting: Setting) -> Measured:
-    runs = {
-        (name, seed): Run("stdlib", given, seed, setting.folder / f"{short(name)}-{seed}")
-        for seed in setting.seeds
-        for name, given in sized(setting.small).items()
-    }
-    trained = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
     rows, curves = [], {}
-    for name in MODELS:
-        ends = [trained[name, seed] for seed in setting.seeds]
-        mean, spread = mean_and_spread(end["bits_per_byte"] for end in ends)
-        seconds, _ = mean_and_spread(end["seconds"] for end in ends)
-        tokens = ends[0]["step"] * ROWS * LENGTH
-        rows.append([name, mean, spread, ends[0]["parameters"], tokens, seconds])
+    for name, ended in setting.ended(sized(setting.small), evaluate=False).items():
+        mean, spread = mean_and_spread(each.final["bits_per_byte"] for each in ended)
+        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
+        tokens = ended[0].final["step"] * ROWS * LENGTH
+        rows.append([name, mean, spread, ended[0].final["parameters"], tokens, seconds])
+        by_step = [heldout(each.run.folder, "bits_per_byte") for each in ended]
         curves[name] = averaged(
-            [
-                (step * ROWS * LENGTH / 1e6, bits)
-                for step, bits in heldout(runs[name, seed].folder, "bits_per_byte")
-            ]
-            for seed in setting.seeds
+            [(step * ROWS * LENGTH / 1e6, bits) for step, bits in one] for one in by_step
         )
     rows.sort(key=lambda row: row[1])
     notes = [
@@ -117,10 +100,6 @@ def run(setting: Setting) -> Measured:
         "notes": notes,
         "curves": curves,
     }
-
-
-def short(name: str) -> str:
-    return name.lower().replace(" + ", "-")
 
 
 def answer(rows: list[list]) -> str:

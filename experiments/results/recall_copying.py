@@ -7,10 +7,10 @@ trained alike: data tokens at random places among noise are to be said in their 
 from pathlib import Path
 
 from ..plots import panels
-from ..trained import Run, all_evaluated, all_trained, averaged, heldout, mean_and_spread
+from ..trained import averaged, heldout, mean_and_spread, task
 from . import Experiment, Measured, Setting
 
-PRESET = "recall-selective-copying"
+PRESET = "--preset recall-selective-copying "
 MODELS = {"Mamba": "", "Mamba without selection": "--model.mamba.no-selective"}
 SMALL = "--steps 2 --validate-every 1 --length 16 --items 4 --heldout-batches 1 --final-batches 1 "
 SMALL += "--model.width 16 --model.mamba.state 4 "
@@ -26,29 +26,20 @@ COLUMNS = [
 
 def run(setting: Setting) -> Measured:
     small = SMALL if setting.small else ""
-    runs = {
-        (name, seed): Run(PRESET, tuple(f"{small}{own}".split()), seed, folder)
-        for seed in setting.seeds
-        for name, own in MODELS.items()
-        for folder in [setting.folder / f"{name.lower().replace(' ', '-')}-{seed}"]
-    }
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    folders = [each.folder for each in runs.values()]
-    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
+    models = {name: f"{PRESET}{small}{own}".split() for name, own in MODELS.items()}
     rows, curves = [], {}
-    for name in MODELS:
-        mine = [each for each in runs if each[0] == name]
-        right = mean_and_spread(100 * ends[each]["accuracy"] for each in mine)
-        exact, _ = mean_and_spread(100 * ends[each]["exact"] for each in mine)
-        seconds, _ = mean_and_spread(ends[each]["seconds"] for each in mine)
-        rows.append([name, *right, exact, ends[mine[0]]["parameters"], seconds])
-        by_step = [heldout(runs[each].folder, "accuracy") for each in mine]
+    for name, ended in setting.ended(models).items():
+        right = mean_and_spread(100 * each.final["accuracy"] for each in ended)
+        exact, _ = mean_and_spread(100 * each.final["exact"] for each in ended)
+        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
+        rows.append([name, *right, exact, ended[0].final["parameters"], seconds])
+        by_step = [heldout(each.run.folder, "accuracy") for each in ended]
         curves[f"{name} by step"] = averaged([(x, 100 * y) for x, y in one] for one in by_step)
-        curves[f"{name} by item"] = averaged(by(found[each], "item") for each in mine)
-    task = next(iter(runs.values())).task
+        curves[f"{name} by item"] = averaged(by(each.found, "item") for each in ended)
+    made = task(models["Mamba"])
     notes = [
-        f"{task.items} data tokens of {task.length} in a row, {task.rows} rows a step; guessing "
-        f"gives {100 / (task.model.vocab - 2):.1f} %. The same AdamW and steps for both; means "
+        f"{made.items} data tokens of {made.length} in a row, {made.rows} rows a step; guessing "
+        f"gives {100 / (made.model.vocab - 2):.1f} %. The same AdamW and steps for both; means "
         "over the seeds, the spread is the standard deviation over them; measured on rows that no "
         "run trains on."
     ]

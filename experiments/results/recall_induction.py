@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..plots import panels
 from ..tasks.recall import READ, TIMES
-from ..trained import Run, all_evaluated, all_trained, averaged, mean_and_spread
+from ..trained import averaged, mean_and_spread, task
 from . import Experiment, Measured, Setting
 from .recall_copying import by
 
-PRESET = "recall-induction"
+PRESET = "--preset recall-induction "
 BEHIND = "--model.depth 4 --model.pattern conv,"  # two pairs, about as large as two of Mamba
 MODELS = {
     "Mamba": "",
@@ -36,30 +36,21 @@ COLUMNS = [
 
 def run(setting: Setting) -> Measured:
     small = SMALL if setting.small else ""
-    runs = {
-        (name, seed): Run(PRESET, tuple(f"{small}{own}".split()), seed, folder)
-        for seed in setting.seeds
-        for name, own in MODELS.items()
-        for folder in [setting.folder / f"{name.lower().replace(',', '').replace(' ', '-')}-{seed}"]
-    }
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    folders = [each.folder for each in runs.values()]
-    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
+    models = {name: f"{PRESET}{small}{own}".split() for name, own in MODELS.items()}
     rows, curves = [], {}
-    for name in MODELS:
-        mine = [each for each in runs if each[0] == name]
-        curves[name] = averaged(by(found[each], "length") for each in mine)
+    for name, ended in setting.ended(models).items():
+        curves[name] = averaged(by(each.found, "length") for each in ended)
         by_length = {int(n): (right, spread) for n, right, spread in curves[name]}
-        spread = by_length[SHOWN[-1]][1] if len(mine) > 1 else None
-        seconds, _ = mean_and_spread(ends[each]["seconds"] for each in mine)
-        size, count = found[mine[0]]["state_bytes"], ends[mine[0]]["parameters"]
+        spread = by_length[SHOWN[-1]][1] if len(ended) > 1 else None
+        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
+        size, count = ended[0].found["state_bytes"], ended[0].final["parameters"]
         rows.append([name, *(by_length[n][0] for n in SHOWN), spread, size, count, seconds])
-    task = next(iter(runs.values())).task
+    made = task(models["Mamba"])
     notes = [
-        f"Trained on {task.length} tokens, {task.rows} rows a step, which ask {task.items} times: "
+        f"Trained on {made.length} tokens, {made.rows} rows a step, which ask {made.items} times: "
         "it teaches the same in fewer steps. What is measured asks once, at the end of each of "
         f"{READ * TIMES} rows a length that no run trains on; guessing gives "
-        f"{100 / (task.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all; means over "
+        f"{100 / (made.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all; means over "
         "the seeds, the spread is the standard deviation over them, on the same rows.",
         "Mamba has a short convolution of its own; the blocks of the others follow one (LFM2's).",
     ]

@@ -7,11 +7,11 @@ with states of several sizes, behind the same block of a short convolution.
 from pathlib import Path
 
 from ..plots import panels
-from ..trained import Run, all_evaluated, all_trained, averaged, mean_and_spread
+from ..trained import averaged, mean_and_spread, task
 from . import Experiment, Measured, Setting
 from .recall_copying import by
 
-PRESET = "recall-mqar"
+PRESET = "--preset recall-mqar "
 SIZES = {  # of states: by heads, which share the width, or by numbers per channel
     "gla": ("gla.heads", (16, 4, 1)),
     "retention": ("retention.heads", (16, 4, 1)),
@@ -45,37 +45,33 @@ COLUMNS = [
 
 def run(setting: Setting) -> Measured:
     small = SMALL if setting.small else ""
-    runs = {
-        (mixer, size, seed): Run(PRESET, tuple(given.split()), seed, folder)
-        for seed in setting.seeds
+    sized = [
+        (mixer, f"{flag} {size}")
         for mixer, (flag, sizes) in SIZES.items()
         for size in (sizes[-1:] if setting.small else sizes)
-        for given in [f"{small}--model.pattern conv,{mixer} --model.{flag} {size}"]
-        for folder in [setting.folder / f"{mixer}-{size}-{seed}"]
+    ]
+    models = {
+        f"{mixer} {size}": f"{PRESET}{small}--model.pattern conv,{mixer} --model.{size}".split()
+        for mixer, size in sized
     }
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    folders = [each.folder for each in runs.values()]
-    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
     rows, curves = [], {}
-    for mixer, size in dict.fromkeys(each[:2] for each in runs):
-        mine = [each for each in runs if each[:2] == (mixer, size)]
-        right, spread = mean_and_spread(100 * ends[each]["accuracy"] for each in mine)
-        seconds, _ = mean_and_spread(ends[each]["seconds"] for each in mine)
-        state, name = found[mine[0]]["state_bytes"], NAMES[mixer]
-        flag = f"{SIZES[mixer][0]} {size}"
-        rows.append([name, flag, state, right, spread, ends[mine[0]]["parameters"], seconds])
+    for (mixer, size), ended in zip(sized, setting.ended(models).values(), strict=True):
+        right, spread = mean_and_spread(100 * each.final["accuracy"] for each in ended)
+        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
+        state, name = ended[0].found["state_bytes"], NAMES[mixer]
+        rows.append([name, size, state, right, spread, ended[0].final["parameters"], seconds])
         curves.setdefault(f"{name} by state", []).append([state, right, spread or 0.0])
         # of the largest state, which comes last
-        curves[f"{name} by pairs"] = averaged(by(found[each], "pairs") for each in mine)
-    task = next(iter(runs.values())).task
+        curves[f"{name} by pairs"] = averaged(by(each.found, "pairs") for each in ended)
+    made = task(next(iter(models.values())))
     notes = [
-        f"{task.items} pairs in {task.length} tokens, {task.rows} rows a step. Blocks of width "
-        f"{task.model.width}: a short convolution (LFM2's), which makes one vector of a key and "
+        f"{made.items} pairs in {made.length} tokens, {made.rows} rows a step. Blocks of width "
+        f"{made.model.width}: a short convolution (LFM2's), which makes one vector of a key and "
         "the value after it, and the mixer. The same AdamW and steps for all; means over the "
         "seeds, the spread is the standard deviation over them; measured on rows that no run "
         "trains on. The state is that of one row, convolutions' included, attention's cache as "
         "long as the row. Numbers of state per channel (Mamba, Mamba-2) bring parameters with "
-        f"them. By pairs: the largest state of each mixer, trained on {task.items} pairs.",
+        f"them. By pairs: the largest state of each mixer, trained on {made.items} pairs.",
     ]
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
         "curves": curves

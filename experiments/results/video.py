@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 
 from ...models import Video
-from .. import flags, timing
+from .. import timing
 from ..plots import panels
 from ..rollouts import seconds_per_frame
-from ..trained import Run, all_evaluated, all_trained, averaged, mean_and_spread, parameters
+from ..trained import averaged, mean_and_spread, parameters, task
 from . import Experiment, Measured, Setting
 
-PRESET = "video-bouncing"
+PRESET = "--preset video-bouncing "
 MODELS = {
     "ConvS5": "--model.pattern convs5",
     "ConvLSTM": "--model.pattern convlstm",
@@ -43,44 +43,32 @@ COLUMNS = [
 ]
 
 
-def given(name: str, setting: Setting) -> tuple[str, ...]:
-    return tuple(f"{MODELS[name]} {SMALL if setting.small else ''}".split())
-
-
 def run(setting: Setting) -> Measured:
-    runs = {
-        (name, seed): Run(PRESET, given(name, setting), seed, setting.folder / f"{short}-{seed}")
-        for seed in setting.seeds
-        for name in MODELS
-        for short in [name.lower()]
-    }
-    tasks = {name: flags.train(["--preset", PRESET, *given(name, setting)]).task for name in MODELS}
+    small = SMALL if setting.small else ""
+    models = {name: f"{PRESET}{small}{own}".split() for name, own in MODELS.items()}
+    tasks = {name: task(given) for name, given in models.items()}
     sizes = {name: parameters(task) for name, task in tasks.items()}
     for name, size in sizes.items():
         if not setting.small and abs(size / sizes["ConvS5"] - 1) > WITHIN:
             raise ValueError(f"{name} has {size:,} parameters, ConvS5 {sizes['ConvS5']:,}")
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    folders = [run.folder for run in runs.values()]
-    found = dict(zip(runs, all_evaluated(folders, at_once=setting.jobs), strict=True))
+    runs = setting.ended(models)
+    errors = {name: [each.found["rollout"]["mse"] for each in runs[name]] for name in runs}
     curves, times = {}, timed(tasks, setting)
-    for name in MODELS:
-        errors = [found[name, seed]["rollout"]["mse"]["model"] for seed in setting.seeds]
-        curves[name] = averaged(list(enumerate(each, 1)) for each in errors)
-    first = found[next(iter(runs))]["rollout"]["mse"]
+    for name, ours in errors.items():
+        curves[name] = averaged(list(enumerate(each["model"], 1)) for each in ours)
+    first = errors["ConvS5"][0]
     for name in PLAIN:
         curves[name] = [(h, error) for h, error in enumerate(first[name], 1)]
     rows = []
-    for name in MODELS:
+    for name, ended in runs.items():
         at = [curves[name][min(h, len(curves[name])) - 1] for h in HORIZONS]
         spread = at[-1][2] if len(setting.seeds) > 1 else None
         reach = mean_and_spread(
-            frames_below(found[name, seed]["rollout"]["mse"]["model"], first[PLAIN[1]])
-            for seed in setting.seeds
+            frames_below(each["model"], first[PLAIN[1]]) for each in errors[name]
         )
-        seconds, _ = mean_and_spread(ends[name, seed]["seconds"] for seed in setting.seeds)
-        each = times[name][0][1], times[name][-1][1]
-        errors = [error for _, error, _ in at]
-        rows.append([name, *reach, *errors, spread, *each, sizes[name], seconds])
+        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
+        ends = times[name][0][1], times[name][-1][1]
+        rows.append([name, *reach, *(x for _, x, _ in at), spread, *ends, sizes[name], seconds])
     measured = {"columns": COLUMNS, "rows": rows, "curves": curves, "times": times}
     return measured | {"found": answer(rows), "notes": notes(tasks["ConvS5"], curves)}
 

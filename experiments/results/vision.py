@@ -15,9 +15,9 @@ import tqdm
 from flax import nnx
 
 from ...models import Vision, VisionConfig, merge, split
-from .. import flags, timing
+from .. import timing
 from ..plots import panels
-from ..trained import Run, all_evaluated, all_trained, averaged, mean_and_spread
+from ..trained import averaged, mean_and_spread, task
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -44,47 +44,31 @@ COLUMNS = [
 ]
 
 
-def given(name: str, small: bool) -> tuple[str, ...]:
-    return tuple(((SMALL if small else "") + MODELS[name]).split())
+def given(name: str, small: bool) -> list[str]:
+    return f"--preset vision-digits {SMALL if small else ''}{MODELS[name]}".split()
 
 
 def config(name: str, small: bool) -> VisionConfig:
-    preset = ["--preset", "vision-digits", "--run", "runs", *given(name, small)]
-    return flags.train(preset).task.model
+    return task(given(name, small)).model
 
 
 def run(setting: Setting) -> Measured:
-    runs = {
-        (name, seed): Run(
-            "vision-digits",
-            given(name, setting.small),
-            seed,
-            setting.folder / f"{short(name)}-{seed}",
-        )
-        for seed in setting.seeds
-        for name in MODELS
-    }
-    ends = dict(zip(runs, all_trained(list(runs.values()), setting.jobs), strict=True))
-    read = all_evaluated([each.folder for each in runs.values()], at_once=setting.jobs)
-    found, exits = dict(zip(runs, read, strict=True)), {}
+    runs = setting.ended({name: given(name, setting.small) for name in MODELS})
     sides, tokens = ([4], 16) if setting.small else (SIDES, TOKENS)
     with timing.one_core():
         bar = tqdm.tqdm(sides, desc="vision: sizes of images", disable=None)
         speeds = {side: at(side, tokens, setting) for side in bar}
-    rows = []
-    for name in MODELS:
-        right, spread = mean_and_spread(
-            100 * found[name, seed]["heldout"]["accuracy"] for seed in setting.seeds
-        )
-        learned = right, spread, ends[name, setting.seeds[0]]["parameters"]
+    rows, exits = [], {}
+    for name, ended in runs.items():
+        right = mean_and_spread(100 * each.found["heldout"]["accuracy"] for each in ended)
+        learned = *right, ended[0].final["parameters"]
         for side in sides:
             trained = learned if side == sides[0] else (None, None, None)
             rows.append([name, side**2, *trained, *speeds[side][name]])
-        curves = [found[name, seed].get("early_exit") for seed in setting.seeds]
+        curves = [each.found.get("early_exit", ()) for each in ended]
         if all(curves):
             exits[name] = averaged(
-                [(point["patches"], 100 * point["accuracy"]) for point in each or ()]
-                for each in curves
+                [(point["patches"], 100 * point["accuracy"]) for point in one] for one in curves
             )
     return {
         "columns": COLUMNS,
@@ -93,10 +77,6 @@ def run(setting: Setting) -> Measured:
         "notes": notes(exits, tokens),
         "curves": exits,
     }
-
-
-def short(name: str) -> str:
-    return name.lower().replace(", ", "-").replace(" ", "-")
 
 
 def at(side: int, tokens: int, setting: Setting) -> dict[str, list]:

@@ -204,7 +204,7 @@ def test_models_of_equal_parameters(monkeypatch):
 
 def test_runs_are_trained_once_and_go_on(texts, tmp_path, monkeypatch):
     """A run at its end is not trained again, of other flags refused, a stopped one goes on."""
-    given = f"--data.paths {texts} {SMALL} --steps 2".split()
+    given = f"--preset stdlib --data.paths {texts} {SMALL} --steps 2".split()
     folder, jobs, real = tmp_path / "runs" / "small-1", [], processes.run
 
     def run(some, at_once=1, ended=None):
@@ -212,11 +212,11 @@ def test_runs_are_trained_once_and_go_on(texts, tmp_path, monkeypatch):
         real(some, at_once)
 
     monkeypatch.setattr(processes, "run", run)
-    found = trained.all_trained([trained.Run("stdlib", tuple(given), 1, folder)])[0]
+    found = trained.all_trained([trained.Run(tuple(given), 1, folder)])[0]
     assert found["step"] == 2 and found["bits_per_byte"] > 0 and found["parameters"] > 1000
     config = json.loads((folder / "config.json").read_text())
     assert config["seed"] == 1 and len(jobs) == 1 and jobs[0].module == "train"
-    run = trained.Run("stdlib", tuple(given), 1, folder)
+    run = trained.Run(tuple(given), 1, folder)
     assert trained.all_trained([run]) == [found] and len(jobs) == 1
     with pytest.raises(ValueError, match=r"small-1 holds another run: .*width is 32, was 16"):
         trained.all_trained([run._replace(flags=(*given, "--model.width", "32"))])
