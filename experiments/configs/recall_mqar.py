@@ -46,7 +46,7 @@ config = TrainConfig(
             attention=AttentionConfig(init_std=START),
         ),
     ),
-    steps=1500,
+    steps=2000,
     validate_every=250,
     optimizer=OptimizerConfig(rate=4e-3, warmup=20),
 )
