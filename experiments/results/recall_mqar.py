@@ -51,7 +51,7 @@ def run(setting: Setting) -> Measured:
         for size in (sizes[-1:] if setting.small else sizes)
     ]
     models = {
-        f"{mixer} {size}": f"{PRESET}{small}--model.pattern conv,{mixer} --model.{size}".split()
+        size: f"{PRESET}{small}--model.pattern conv,{mixer} --model.{size}".split()
         for mixer, size in sized
     }
     rows, curves = [], {}
