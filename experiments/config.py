@@ -142,6 +142,8 @@ def read(path: Path) -> TrainConfig:
         raise ValueError(f"{path} does not exist; {path.parent} is not a run of train") from None
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the config of a run: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> list[str]:

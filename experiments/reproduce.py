@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from scanax.experiments import flags, results, sections, timing
+from scanax.experiments import flags, results, sections, timing, trained
 from scanax.experiments.results import Measured, Setting
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -49,7 +49,8 @@ class Reproduce:
     small: bool = False
     """Sizes that take seconds: to see that all of it runs. The figures mean nothing; give --out."""
     redraw: bool = False
-    """Measure nothing: write plot and text anew from the figures of before."""
+    """Measure nothing: draw the plot and lay out the text anew, from the figures and the sentences
+    of before."""
     out: Path | None = None
     """The folder of results.md, whose folder `results` has the figures and plots (docs)."""
 
@@ -130,7 +131,10 @@ def reproduce(name: str, config: Reproduce) -> None:
     lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
     new.write_text(lines + "\n", "utf-8")  # if it cannot be drawn, --redraw finds it
     picture = file.with_suffix(".png")
-    experiment.draw(measured, picture.with_name(f"{picture.name}.new"))
+    try:
+        experiment.draw(measured, picture.with_name(f"{picture.name}.new"))
+    except KeyError as error:
+        raise ValueError(f"{new} lacks {error}: measure it anew") from error
     os.replace(picture.with_name(f"{picture.name}.new"), picture)
     os.replace(new, file)
     there = [(file.parent / f"{other}.json") for other in results.names()]
@@ -144,11 +148,15 @@ def measure(name: str, config: Reproduce) -> Measured:
     """What an experiment finds, and on what, when and by what it was found."""
     experiment = results.find(name)
     kept = config.out / "runs" / name if config.small and config.out else RUNS / name
-    with spending(kept, machine(config.jobs)) as spent:
+    with timing.one_core():  # JAX begins its threads here, and experiments time some things
+        what = machine(config.jobs)
+    with spending(kept, what) as spent:
         try:
             found = experiment.run(Setting(config.seeds, config.small, config.jobs, kept))
         except KeyError as error:
-            raise ValueError(f"a run in {kept} lacks {error}: remove those of before") from error
+            raise ValueError(
+                f"the runs in {kept} lack {error}: if they are of an older version, move them away"
+            ) from error
     return {
         "name": name,
         "claim": experiment.claim,
@@ -169,7 +177,7 @@ def spending(kept: Path, what: str) -> Iterator[dict[str, Any]]:
     file, begun = kept / "spent.json", time.monotonic()
     spent: dict[str, Any] = {"seconds": 0.0, "machines": []}
     if file.exists():
-        spent = json.loads(file.read_text("utf-8"))
+        spent = trained.read(file)
     if what not in spent["machines"]:
         spent["machines"].append(what)
     try:

@@ -45,7 +45,7 @@ def seconds_per_frame(model: Video, given: np.ndarray, count: int) -> list[Segme
     """(first, last, seconds of one frame of one clip) of each of `segments(count)`.
 
     A segment has caches of the length that it ends at: its time is that of a program which keeps
-    no more than it needs. It is one compiled loop, so that beginning a call costs nothing.
+    no more than it needs. It is one compiled loop, begun once.
     """
     graphdef, *variables = split(model)
 

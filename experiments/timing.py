@@ -66,8 +66,8 @@ def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dic
 def one_core(which: int = -1) -> Iterator[None]:
     """Keeps this thread on one of the cores it may use, with the threads and processes it begins.
 
-    JAX's own threads are among them where its first computation is yet to come. Where cores cannot
-    be chosen (macOS) nothing is done.
+    JAX's own threads are among them where it has not yet begun its client (`jax.devices()` does).
+    Where cores cannot be chosen (macOS) nothing is done.
     """
     if not CHOOSES:
         yield

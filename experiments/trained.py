@@ -5,6 +5,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import statistics
@@ -15,8 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from . import flags, metrics, processes
-from .config import differences, from_json
+from . import config, flags, metrics, processes
 from .launcher import Hosts
 from .processes import Job
 
@@ -67,6 +67,10 @@ def each_seed(
         for name, given in models.items()
     ]
     finals = all_trained([run for _, run in runs], at_once)
+    for (_, run), figures in zip(runs, finals, strict=True):
+        for metric, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{run.folder}: {metric} is {value}: nothing to compare")
     found = [{} for _ in runs]
     if evaluate:
         found = all_evaluated([run.folder for _, run in runs], at_once=at_once)
@@ -100,9 +104,10 @@ def remaining(run: Run) -> Job | None:
     path = run.folder / "config.json"
     if not path.exists():
         return Job(name, "train", run.arguments, log)
-    there = from_json(json.loads(path.read_text("utf-8")))
-    there = dataclasses.replace(there, run=wanted.run, resume=False, step=None, hosts=Hosts())
-    if changes := differences(wanted, there):
+    there = dataclasses.replace(
+        config.read(path), run=wanted.run, resume=False, step=None, hosts=Hosts()
+    )
+    if changes := config.differences(wanted, there):
         raise ValueError(f"{run.folder} holds another run: {changes[0]}; move it or remove it")
     if (run.folder / "final.json").exists():
         return None
@@ -113,7 +118,15 @@ def final(run: Run) -> dict[str, Any]:
     path = run.folder / "final.json"
     if not path.exists():
         raise ValueError(f"{run.folder} was stopped; the same command goes on with it")
-    return json.loads(path.read_text("utf-8"))
+    return read(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of JSON; ValueError that names it if it is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; remove it") from None
 
 
 def all_evaluated(
@@ -121,7 +134,8 @@ def all_evaluated(
 ) -> list[dict[str, Any]]:
     """What `evaluate` with these flags writes of each run.
 
-    Kept until the run goes on, or the file of its task, which says what is measured, changes.
+    Kept until the run goes on or the file of its task changes; after another change of what is
+    measured, remove the `evaluated.json` of the runs.
     """
     jobs, made = [], {}
     for folder in folders:
@@ -129,8 +143,9 @@ def all_evaluated(
         about = {"flags": list(flags), "task": digest(folder)}
         since = (folder / "final.json").stat().st_mtime_ns
         fresh = file.exists() and file.stat().st_mtime_ns >= since
-        if fresh and about.items() <= json.loads(file.read_text("utf-8")).items():
+        if fresh and about.items() <= read(file).items():
             continue
+        (folder / "evaluation.json").unlink(missing_ok=True)  # which `evaluate` would add to
         arguments = ("--checkpoint", str(folder), "--no-plot", *flags)
         name = f"{folder.parent.name}/{folder.name}"
         jobs.append(Job(name, "evaluate", arguments, Path(f"{folder}.log")))
@@ -138,20 +153,20 @@ def all_evaluated(
 
     def ended(job: Job) -> None:
         file, about = made[job.name]
-        found = json.loads(file.with_name("evaluation.json").read_text("utf-8"))
+        found = read(file.with_name("evaluation.json"))
         new = file.with_name("evaluated.json.new")
         new.write_text(json.dumps(about | {"found": found}), "utf-8")
         os.replace(new, file)
 
     processes.run(jobs, at_once, ended)
     kept = (folder / "evaluated.json" for folder in folders)
-    return [json.loads(file.read_text("utf-8"))["found"] for file in kept]
+    return [read(file)["found"] for file in kept]
 
 
 def digest(folder: Path) -> str:
     """Of the file that has the task of a run."""
-    config = from_json(json.loads((folder / "config.json").read_text("utf-8")))
-    return file_digest(Path(inspect.getfile(type(config.task))))
+    task = config.read(folder / "config.json").task
+    return file_digest(Path(inspect.getfile(type(task))))
 
 
 @functools.cache
@@ -171,9 +186,17 @@ def heldout(folder: Path, name: str) -> list[tuple[float, float]]:
     return [(float(row["step"]), row[name]) for row in rows if row.get(name) is not None]
 
 
+def by(found: dict[str, Any], over: str) -> list[tuple[float, float]]:
+    """(x, % right) of a curve that `evaluate` finds of a run."""
+    return [(float(point[over]), 100 * point["accuracy"]) for point in found[f"by_{over}"]]
+
+
 def averaged(curves: Iterable[Iterable[Sequence[float]]]) -> list[list[float]]:
     """(x, mean of y, its spread or 0) of curves of (x, y), one a seed, over the same x."""
-    points = []
+    points, curves = [], [list(curve) for curve in curves]
+    for curve in curves:
+        if [x for x, *_ in curve] != [x for x, *_ in curves[0]]:
+            raise ValueError("the runs of the seeds were not measured at the same places")
     for each in zip(*curves, strict=True):
         mean, spread = mean_and_spread(float(y) for _, y in each)
         points.append([float(each[0][0]), mean, spread or 0.0])
@@ -184,3 +207,13 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean, and standard deviation (of n - 1) where there are two values or more."""
     values = list(values)
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(mean: float, spread: float | None, digits: int) -> str:
+    """`98.4 ± 0.3`, or without a spread `98.4`."""
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+
+def quickest(ended: Iterable[Ended]) -> float:
+    """Seconds of the run that the machine held up least."""
+    return min(each.final["seconds"] for each in ended)

@@ -6,13 +6,13 @@ A block of a short convolution makes one vector of a key and the value after it;
 to keep it: `--model.pattern conv,mamba`, and so on. `evaluate` writes the bytes of the state and
 draws the curve over the number of pairs.
 
-`python -m scanax.experiments.reproduce recall-mqar` measures all mixers. A row's likeliest value
-is right 21 times in 100; a run that does not find the pairs stays there. Mamba does with every
-state; in trials of 1000 to 1500 steps also with RMS norms of B and C, with A = -1/2 throughout,
-with step sizes from 1e-4 to 0.01, at a rate of 1e-3, with the output normed as in Mamba-2, as two
-layers of Mamba, with 4 pairs in 32 tokens (there 35). What moves it is Mamba-2's way to B and C,
-from the block's input instead of the convolved channels that are the values too: 30 % after 1000
-steps, with 64 numbers, normed.
+`python -m scanax.experiments.reproduce recall-mqar` measures all mixers. A row's likeliest value is
+right 21 times in 100; a run that does not find the pairs stays there. Mamba does not leave it with
+any state, nor, in trials of 1000 to 1500 steps, with RMS norms of B and C, A = -1/2 throughout,
+step sizes from 1e-4 to 0.01, a rate of 1e-3, its output normed as Mamba-2's is, two layers of
+Mamba, or 4 pairs in 32 tokens (there 35 %). What moved it was Mamba-2's way to B and C, from the
+block's input instead of the convolved channels that are the values too: 30 % after 1000 steps, with
+64 numbers, normed.
 """
 
 from scanax.experiments.config import TrainConfig

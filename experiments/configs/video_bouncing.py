@@ -3,9 +3,10 @@
     python -m scanax.experiments.train --preset video-bouncing
     python -m scanax.experiments.evaluate --checkpoint runs/video-bouncing
 
-Others of equal size: `--model.pattern convlstm`, and `--model.pattern attention+gelu`, a
-transformer over the places of all frames. `evaluate` rolls them out: errors and seconds by frame, a
-film strip and a GIF. `python -m scanax.experiments.reproduce video` measures all three.
+Others of equal size: `--model.pattern convlstm`, and `--model.pattern attention+gelu
+--model.attention.window 1024`, a transformer over the places of 16 frames. `evaluate` rolls them
+out: errors and seconds by frame, a film strip and a GIF. All three are measured by
+`python -m scanax.experiments.reproduce video`.
 
 One core of an EPYC, held-out squared errors of a pixel in the next frame after 500 steps of a
 trial, seed 5: ConvS5 0.0120 (2 minutes), ConvLSTM 0.0128 (1.5), attention 0.0141 (7). With two

@@ -3,7 +3,7 @@
 A batch is a dict of arrays (rows, length): tokens and targets int32, weights float32 (1 where an
 answer is due, else 0, and the target there is 0), reset bool (true on a row's first token). Row r
 follows from (key, r) alone, so any rows can be had apart; key is three whole numbers, which a task
-takes as (0 to train or 1 held out, seed, step).
+takes as (0 to train, 1 held out or 2 examined, seed, step).
 """
 
 from collections.abc import Callable, Iterable
@@ -51,7 +51,8 @@ def induction(
     One ordinary token follows the trigger wherever it stands, and is the answer, due at every
     trigger but the first. The places are a subset drawn uniformly of those that leave room. One
     item is the problem of Mamba (arXiv:2312.00752, section 4.1.2), with one answer a row; more of
-    them teach the same sooner. ValueError for sizes that do not fit.
+    them teach it sooner, and from nearer: an answer stands at the trigger before, too. ValueError
+    for sizes that do not fit.
     """
     _check(length, 2 * items + 1, f"items={items} triggers and answers, and the trigger again")
     _check(vocab, 3, "the trigger and two ordinary tokens", "vocab")

@@ -9,8 +9,8 @@ from typing import Any
 from .. import trained
 
 # What an experiment finds, as JSON: `columns`, names with units; `rows`, a list of cells each;
-# `found`, the answer in a sentence; `notes`, sentences; `curves`, by label points of a plot that
-# the rows do not hold. `reproduce` adds what ran, on what, when and for how long.
+# `found`, the answer in a sentence; `notes`, sentences; `curves` and `times`, by label points of a
+# plot that the rows do not hold. `reproduce` adds what ran, on what, when and for how long.
 Measured = dict[str, Any]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..plots import panels
 from ..tasks.lm import LMTask
-from ..trained import averaged, heldout, mean_and_spread, parameters, task
+from ..trained import averaged, heldout, mean_and_spread, parameters, quickest, shown, task
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -38,7 +38,7 @@ COLUMNS = [
     "spread (bits/byte)",
     "parameters",
     "tokens",
-    "time of a run (s)",
+    "time of the quickest run (s)",
 ]
 
 
@@ -77,9 +77,8 @@ def run(setting: Setting) -> Measured:
     rows, curves = [], {}
     for name, ended in setting.ended(sized(setting.small), evaluate=False).items():
         mean, spread = mean_and_spread(each.final["bits_per_byte"] for each in ended)
-        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
-        tokens = ended[0].final["step"] * ROWS * LENGTH
-        rows.append([name, mean, spread, ended[0].final["parameters"], tokens, seconds])
+        tokens, count = ended[0].final["step"] * ROWS * LENGTH, ended[0].final["parameters"]
+        rows.append([name, mean, spread, count, tokens, quickest(ended)])
         by_step = [heldout(each.run.folder, "bits_per_byte") for each in ended]
         curves[name] = averaged(
             [(step * ROWS * LENGTH / 1e6, bits) for step, bits in one] for one in by_step
@@ -105,8 +104,7 @@ def run(setting: Setting) -> Measured:
 def answer(rows: list[list]) -> str:
     """All models, best first."""
     return "held-out bits per byte, best first: " + ", ".join(
-        f"{row[0]} {row[1]:.2f}" + (f" ± {row[2]:.2f}" if row[2] is not None else "")
-        for row in rows
+        f"{row[0]} {shown(row[1], row[2], 2)}" for row in rows
     )
 
 

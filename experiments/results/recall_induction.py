@@ -1,16 +1,18 @@
 """Mamba recalls what followed a token, far beyond its training length (arXiv:2312.00752).
 
 Models trained on rows of one length are asked at the end of rows of 64 to 8,192 tokens what
-followed the only other occurrence of the last token.
+followed the trigger, a token that is the same in all rows, where it stood before.
 """
 
 from pathlib import Path
 
+import numpy as np
+
+from ..datasets.recall import TRIGGER
 from ..plots import panels
-from ..tasks.recall import READ, TIMES
-from ..trained import averaged, mean_and_spread, task
+from ..tasks.recall import READ, TIMES, RecallTask
+from ..trained import averaged, by, quickest, task
 from . import Experiment, Measured, Setting
-from .recall_copying import by
 
 PRESET = "--preset recall-induction "
 BEHIND = "--model.depth 4 --model.pattern conv,"  # two pairs, about as large as two of Mamba
@@ -24,13 +26,14 @@ MODELS = {
 SMALL = "--steps 2 --validate-every 0 --length 16 --items 2 --heldout-batches 1 --final-batches 1 "
 SMALL += "--model.width 16 "
 SHOWN = (64, 256, 1024, 8192)
+HOLDS = 90  # per cent right
 COLUMNS = [
     "model",
     *(f"right at {n:,} tokens (%)" for n in SHOWN),
     f"spread at {SHOWN[-1]:,} (%)",
     "state after a training row (bytes)",
     "parameters",
-    "time of a run (s)",
+    "time of the quickest run (s)",
 ]
 
 
@@ -42,27 +45,47 @@ def run(setting: Setting) -> Measured:
         curves[name] = averaged(by(each.found, "length") for each in ended)
         by_length = {int(n): (right, spread) for n, right, spread in curves[name]}
         spread = by_length[SHOWN[-1]][1] if len(ended) > 1 else None
-        seconds, _ = mean_and_spread(each.final["seconds"] for each in ended)
         size, count = ended[0].found["state_bytes"], ended[0].final["parameters"]
-        rows.append([name, *(by_length[n][0] for n in SHOWN), spread, size, count, seconds])
+        right = [by_length[n][0] for n in SHOWN]
+        rows.append([name, *right, spread, size, count, quickest(ended)])
     made = task(models["Mamba"])
     notes = [
-        f"Trained on {made.length} tokens, {made.rows} rows a step, which ask {made.items} times: "
-        "it teaches the same in fewer steps. What is measured asks once, at the end of each of "
+        f"Trained on {made.length} tokens, {made.rows} rows a step, which ask {made.items} times, "
+        "all for one answer: that takes fewer steps than one question a row, but what is asked for "
+        f"stood {distance(made):.0f} tokens before, on average. What is measured asks once, at the "
+        "end of each of "
         f"{READ * TIMES} rows a length that no run trains on; guessing gives "
         f"{100 / (made.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all; means over "
         "the seeds, the spread is the standard deviation over them, on the same rows.",
-        "Mamba has a short convolution of its own; the blocks of the others follow one (LFM2's).",
+        "Mamba has a short convolution of its own; the blocks of the others follow one (LFM2's). "
+        "The trigger is one token, so that no query need depend on what is read: Aaren, whose "
+        "queries do not, can do it. The settings were chosen in trials of Mamba with seed 0.",
     ]
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
         "curves": curves
     }
 
 
+def distance(task: RecallTask) -> float:
+    """Mean tokens from a trigger that asks back to the one before."""
+    found = [
+        np.diff(np.flatnonzero(row == TRIGGER)).mean()
+        for step in range(32)
+        for row in task.batches(0, step)["tokens"]
+    ]
+    return float(np.mean(found))
+
+
 def answer(rows: list[list]) -> str:
-    longest = len(SHOWN)
-    return f"right at {SHOWN[1]} tokens and at {SHOWN[-1]:,}: " + ", ".join(
-        f"{row[0]} {row[2]:.0f} and {row[longest]:.0f} %" for row in rows
+    """Whether Mamba holds to the end, and how all do."""
+    longest, mamba = len(SHOWN), next(row for row in rows if row[0] == "Mamba")
+    holds = [n for n, right in zip(SHOWN, mamba[1:], strict=False) if right >= HOLDS]
+    limit = f"to {holds[-1]:,} tokens, no further" if holds else "at no length"
+    verdict = "" if SHOWN[-1] in holds else f"Mamba {limit}; "
+    return (
+        verdict
+        + f"right at {SHOWN[1]} tokens and at {SHOWN[-1]:,}: "
+        + ", ".join(f"{row[0]} {row[2]:.0f} and {row[longest]:.0f} %" for row in rows)
     )
 
 

@@ -246,6 +246,30 @@ def test_an_evaluation_is_kept_until_its_run_goes_on(tmp_path, monkeypatch):
     assert evaluated() == 2
     monkeypatch.setattr(trained, "file_digest", lambda _: "the task was changed")
     assert [evaluated(), evaluated()] == [3, 3]
+    (tmp_path / "evaluated.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluated.json is no JSON: .*; remove it"):
+        evaluated()
+
+
+def test_a_run_that_diverged_is_named(tmp_path, monkeypatch):
+    ends = [{"step": 2, "loss": 1.5}, {"step": 2, "loss": float("nan")}]
+    monkeypatch.setattr(trained, "all_trained", lambda runs, at_once: ends[: len(runs)])
+    models = {"A, small": ["--steps", "2"]}
+    (ended,) = trained.each_seed(models, [3], tmp_path, evaluate=False).values()
+    run = trained.Run(("--steps", "2"), 3, tmp_path / "a-small-3")
+    assert ended == [trained.Ended(run, ends[0], {})]
+    with pytest.raises(ValueError, match=r"a-small-4: loss is nan: nothing to compare"):
+        trained.each_seed(models, [3, 4], tmp_path, evaluate=False)
+
+
+def test_figures_that_lack_what_is_drawn_are_named(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results/recall-induction.json"
+    file.write_text(json.dumps({"name": "recall-induction", "curves": {}}))
+    assert reproduce.main(["recall-induction", "--redraw", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"reproduce: {file}.new lacks 'Mamba': measure it anew"
+    assert json.loads(file.read_text())["curves"] == {}
 
 
 def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
@@ -257,6 +281,10 @@ def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
 def test_mean_and_spread():
     assert trained.mean_and_spread([1.0]) == (1.0, None)
     assert trained.mean_and_spread(iter([1.0, 2.0, 6.0])) == (3.0, statistics.stdev([1, 2, 6]))
+    assert trained.shown(98.44, 0.26, 1) == "98.4 ± 0.3" and trained.shown(2.0, None, 2) == "2.00"
+    assert trained.averaged([[(1, 2)], [(1, 4)]]) == [[1.0, 3.0, 2**0.5]]
+    with pytest.raises(ValueError, match="not measured at the same places"):
+        trained.averaged([[(1, 2.0)], [(2, 2.0)]])
 
 
 def test_a_read_context_is_the_tokens_read_one_by_one(monkeypatch):
