@@ -282,9 +282,9 @@ def test_mean_and_spread():
     assert trained.mean_and_spread([1.0]) == (1.0, None)
     assert trained.mean_and_spread(iter([1.0, 2.0, 6.0])) == (3.0, statistics.stdev([1, 2, 6]))
     assert trained.shown(98.44, 0.26, 1) == "98.4 ± 0.3" and trained.shown(2.0, None, 2) == "2.00"
-    assert trained.averaged([[(1, 2)], [(1, 4)]]) == [[1.0, 3.0, 2**0.5]]
+    assert trained.averaged([[(1.0, 2.0)], [(1.0, 4.0)]]) == [[1.0, 3.0, 2**0.5]]
     with pytest.raises(ValueError, match="not measured at the same places"):
-        trained.averaged([[(1, 2.0)], [(2, 2.0)]])
+        trained.averaged([[(1.0, 2.0)], [(2.0, 2.0)]])
 
 
 def test_a_read_context_is_the_tokens_read_one_by_one(monkeypatch):
