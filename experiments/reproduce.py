@@ -4,7 +4,8 @@ python -m scanax.experiments.reproduce --list
 python -m scanax.experiments.reproduce lightning decode
 python -m scanax.experiments.reproduce language --jobs 2
 
-Runs that train are kept in runs/results/NAME: when stopped, the same command goes on with them.
+Runs that train are kept in runs/results/NAME: when stopped, the same command goes on with them. Two
+commands at once would share the cores that each believes its own.
 """
 
 import os
