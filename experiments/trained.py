@@ -165,8 +165,8 @@ def all_evaluated(
 
 def digest(folder: Path) -> str:
     """Of the file that has the task of a run."""
-    task = config.read(folder / "config.json").task
-    return file_digest(Path(inspect.getfile(type(task))))
+    kind = type(config.read(folder / "config.json").task)
+    return file_digest(Path(inspect.getfile(kind)))
 
 
 @functools.cache

@@ -53,8 +53,7 @@ def run(setting: Setting) -> Measured:
         f"Trained on {made.length} tokens, {made.rows} rows a step, which ask {made.items} times, "
         "all for one answer: that takes fewer steps than one question a row, but what is asked for "
         f"stood {distance(made):.0f} tokens before, on average. What is measured asks once, at the "
-        "end of each of "
-        f"{READ * TIMES} rows a length that no run trains on; guessing gives "
+        f"end of each of {READ * TIMES} rows a length that no run trains on; guessing gives "
         f"{100 / (made.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all; means over "
         "the seeds, the spread is the standard deviation over them, on the same rows.",
         "Mamba has a short convolution of its own; the blocks of the others follow one (LFM2's). "
