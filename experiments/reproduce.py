@@ -119,7 +119,7 @@ def figures(config: Reproduce, name: str) -> Path:
 
 def reproduce(name: str, config: Reproduce) -> None:
     """Measure, draw and write one; whatever fails before the end leaves what was there."""
-    experiment, file = results.find(name), figures(config, name)
+    experiment, file, pictures = results.find(name), figures(config, name), {}
     new = file.with_name(f"{file.name}.new")
     if config.redraw:
         before = new if new.exists() else file
@@ -127,6 +127,9 @@ def reproduce(name: str, config: Reproduce) -> None:
     else:
         print(f"{name}: {experiment.claim}", file=sys.stderr, flush=True)
         measured = measure(name, config)
+        for label, path in measured.get("pictures", {}).items():
+            pictures[label] = f"{name}-{trained.file_name(label)}.png", Path(path).read_bytes()
+        measured["pictures"] = {label: copy for label, (copy, _) in pictures.items()}
     file.parent.mkdir(exist_ok=True)
     # a line a row, so that a changed figure is a changed line
     lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
@@ -137,6 +140,8 @@ def reproduce(name: str, config: Reproduce) -> None:
     except KeyError as error:
         raise ValueError(f"{new} lacks {error}: measure it anew") from error
     os.replace(picture.with_name(f"{picture.name}.new"), picture)
+    for copy, content in pictures.values():
+        (file.parent / copy).write_bytes(content)
     os.replace(new, file)
     there = [(file.parent / f"{other}.json") for other in results.names()]
     every = [json.loads(path.read_text("utf-8")) for path in there if path.exists()]

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from .results import Measured
 
 SUMMARY = "summary"
-HEAD = "# Results\n"
+HEAD = """# Results
+
+Figures are means over the seeds; a spread is the standard deviation over them.
+"""
 
 
 def spans(text: str, names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -78,8 +81,9 @@ def summary(all_measured: Sequence[Measured]) -> str:
 
 
 def section(measured: Measured) -> str:
-    """Heading, claim, answer, how it was made, table, notes, plot."""
+    """Heading, claim, answer, how it was made, table, notes, plot, other pictures."""
     name, seeds = measured["name"], " ".join(map(str, measured["seeds"]))
+    pictures = measured.get("pictures", {})
     made = f"{measured['machine']}; seeds {seeds}; {clock(measured['seconds'])}"
     parts = [
         f"## {name}",
@@ -88,6 +92,7 @@ def section(measured: Measured) -> str:
         table(measured["columns"], measured["rows"]),
         "\n".join(f"- {note}" for note in measured.get("notes", [])),
         f"![{name}](results/{name}.png)",
+        *(f"{label}:\n\n![{label}](results/{copy})" for label, copy in pictures.items()),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -45,7 +45,7 @@ class Ended(NamedTuple):
     """What `evaluate` found of it; empty where that was not asked for."""
 
 
-def task(given: Iterable[str]) -> Any:
+def task_of(given: Iterable[str]) -> Any:
     """The task that flags of `train` make; ValueError for wrong ones."""
     return flags.train(["--run", "runs", *given]).task
 
@@ -129,10 +129,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}; remove it") from None
 
 
-def all_evaluated(
-    folders: Sequence[Path], flags: Sequence[str] = (), at_once: int = 1
-) -> list[dict[str, Any]]:
-    """What `evaluate` with these flags writes of each run.
+def all_evaluated(folders: Sequence[Path], at_once: int = 1) -> list[dict[str, Any]]:
+    """What `evaluate` writes of each run, whose pictures it leaves in the run's folder.
 
     Kept until the run goes on or the file of its task changes; after another change of what is
     measured, remove the `evaluated.json` of the runs.
@@ -140,15 +138,15 @@ def all_evaluated(
     jobs, made = [], {}
     for folder in folders:
         file = folder / "evaluated.json"
-        about = {"flags": list(flags), "task": digest(folder)}
+        about = {"task": digest(folder)}
         since = (folder / "final.json").stat().st_mtime_ns
         fresh = file.exists() and file.stat().st_mtime_ns >= since
         if fresh and about.items() <= read(file).items():
             continue
         (folder / "evaluation.json").unlink(missing_ok=True)  # which `evaluate` would add to
-        arguments = ("--checkpoint", str(folder), "--no-plot", *flags)
         name = f"{folder.parent.name}/{folder.name}"
-        jobs.append(Job(name, "evaluate", arguments, Path(f"{folder}.log")))
+        given = ("--checkpoint", str(folder))
+        jobs.append(Job(name, "evaluate", given, Path(f"{folder}.log")))
         made[name] = file, about
 
     def ended(job: Job) -> None:

@@ -1,5 +1,6 @@
 """A picture of several panels that share their lines' labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +18,8 @@ class Panel(NamedTuple):
     lines: Mapping[str, Sequence[Sequence[float]]]
     log: Literal["", "x", "xy"] = ""
     """Which axes are logarithmic: x by powers of two, y by powers of ten."""
+    most: float = math.inf
+    """Where y ends by its nature, as shares do at 100: bars of the spread are cut there."""
     names: Sequence[str] = ()
     """What stands at x = 0, 1, ... where x is no measure; points are then not joined."""
 
@@ -33,11 +36,15 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
             number = labels.index(label)
             # later ones are smaller and thinner, so that of two that coincide both are seen
             size = 7 - 3 * number / max(len(labels) - 1, 1)
+            bars = None
+            if points and len(points[0]) > 2:
+                spreads = [point[2] for point in points]
+                bars = [spreads, [min(s, max(panel.most - y, 0)) for _, y, s in points]]
             xs, ys = [point[0] for point in points], [point[1] for point in points]
             handles[label] = axes.errorbar(
                 xs,
                 ys,
-                [point[2] for point in points] if points and len(points[0]) > 2 else None,
+                bars,
                 color=f"C{number}",
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=size,

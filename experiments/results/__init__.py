@@ -10,7 +10,8 @@ from .. import trained
 
 # What an experiment finds, as JSON: `columns`, names with units; `rows`, a list of cells each;
 # `found`, the answer in a sentence; `notes`, sentences; `curves` and `times`, by label points of a
-# plot that the rows do not hold. `reproduce` adds what ran, on what, when and for how long.
+# plot that the rows do not hold; `pictures`, by label PNGs besides the plot, of which results keep
+# copies. `reproduce` adds what ran, on what, when and for how long.
 Measured = dict[str, Any]
 
 

@@ -150,10 +150,10 @@ def notes(curves: dict[str, list[list[float]]]) -> list[str]:
     ]
     said = [
         "The same network around either mixer, the same AdamW and steps for both; what is compared "
-        "is of the same seed. Means over the seeds; the spread is the standard deviation over "
-        "them. Series are cut in time: the last 20 % are measured, errors in deviations of the "
-        "first 70 %; the steps of a series are those of 100, 200 and 400 that leave the least "
-        "validation error, of both mixers together, in runs of another seed.",
+        "is of the same seed. Series are cut in time: the last 20 % are measured, errors in "
+        "deviations of the first 70 %; the steps of a series are those of 100, 200 and "
+        "400 that leave the least validation error, of both mixers together, in runs of another "
+        "seed.",
         f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs in turn for "
         f"each seed; attention's cache is made for all tokens. Aaren's state: {size:,.0f} bytes at "
         f"{tokens:,.0f} tokens.",

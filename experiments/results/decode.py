@@ -136,9 +136,8 @@ def notes(rows, width, depth, steps) -> list[str]:
     """How it was measured, and where attention is faster or smaller."""
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
-        f"random weights. The last {steps} tokens of the context are timed; means over the seeds, "
-        f"of each the median of {ROUNDS} such rows in turn; the spread is the standard deviation "
-        "over the seeds. Each call has what it costs to begin one.",
+        f"random weights. The last {steps} tokens of the context are timed, of each seed the "
+        f"median of {ROUNDS} such rows in turn. Each call has what it costs to begin one.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..plots import panels
 from ..tasks.lm import LMTask
-from ..trained import averaged, heldout, mean_and_spread, parameters, quickest, shown, task
+from ..trained import averaged, heldout, mean_and_spread, parameters, quickest, shown, task_of
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -58,7 +58,7 @@ def sized(small: bool = False) -> dict[str, tuple[str, ...]]:
     common, wanted, found = COMMON + (SMALL if small else ""), None, {}
     for name, own in MODELS.items():
         given = [*common.split(), *own.split()]
-        made = task(given)
+        made = task_of(given)
         if wanted is not None and "glu" in made.model.pattern:
             width = hidden(made, wanted)
             given += ["--model.mlp.hidden", str(width)]
@@ -86,9 +86,8 @@ def run(setting: Setting) -> Measured:
     rows.sort(key=lambda row: row[1])
     notes = [
         f"Python's standard library as bytes, {ROWS} rows of {LENGTH} a step, "
-        f"{rows[0][4] // ROWS // LENGTH} steps; the same AdamW for all. Means "
-        "over the seeds; the spread is the standard deviation over them. Held out are documents "
-        "that no run trains on, read in rows of the training length.",
+        f"{rows[0][4] // ROWS // LENGTH} steps; the same AdamW for all. Held "
+        "out are documents that no run trains on, read in rows of the training length.",
         "Time is of the whole run on its core, compilation and validations included: equal are the "
         "tokens, not the time.",
     ]

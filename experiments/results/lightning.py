@@ -154,9 +154,8 @@ def notes(rows, tokens) -> list[str]:
     forms = by_form(rows)
     said = [
         f"{HEADS} heads of {WIDTH} keys and {WIDTH} values, float32; {tokens:,} tokens a run, or "
-        f"one row of a longer length; means over the seeds, of each the median of {ROUNDS} runs in "
-        "turn. The spread is the standard deviation over the seeds, forward and backward where "
-        "that was run.",
+        f"one row of a longer length; of each seed the median of {ROUNDS} runs in turn. The spread "
+        "is that of forward and backward where that was run.",
         "Memory is what the compiler counts of the program: arguments, outputs and temporaries. "
         f"What counts more than {MOST / 1e9:.0f} GB was compiled and not run.",
     ]

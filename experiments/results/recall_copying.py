@@ -7,7 +7,7 @@ trained alike: data tokens at random places among noise are to be said in their 
 from pathlib import Path
 
 from ..plots import panels
-from ..trained import averaged, by, heldout, mean_and_spread, quickest, shown, task
+from ..trained import averaged, by, heldout, mean_and_spread, quickest, shown, task_of
 from . import Experiment, Measured, Setting
 
 PRESET = "--preset recall-selective-copying "
@@ -35,14 +35,13 @@ def run(setting: Setting) -> Measured:
         by_step = [heldout(each.run.folder, "accuracy") for each in ended]
         curves[f"{name} by step"] = averaged([(x, 100 * y) for x, y in one] for one in by_step)
         curves[f"{name} by item"] = averaged(by(each.found, "item") for each in ended)
-    made = task(models["Mamba"])
+    made = task_of(models["Mamba"])
     notes = [
         f"{made.items} data tokens of {made.length} in a row, {made.rows} rows a step; guessing "
-        f"gives {100 / (made.model.vocab - 2):.1f} %. The same AdamW and steps for both; means "
-        "over the seeds, the spread is the standard deviation over them; measured on rows that no "
-        "run trains on. Without selection there are no projections that make step size, B and C, "
-        "hence 15 % fewer parameters. The settings, the same for both, were chosen in trials of "
-        "Mamba with these seeds, by the same rows."
+        f"gives {100 / (made.model.vocab - 2):.1f} %. The same AdamW and steps for both; "
+        "measured on rows that no run trains on. Without selection there are no projections that "
+        "make step size, B and C, hence 15 % fewer parameters. The settings, "
+        "the same for both, were chosen in trials of Mamba with these seeds, by the same rows."
     ]
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes} | {
         "curves": curves
@@ -59,8 +58,8 @@ def draw(measured: Measured, path: Path) -> None:
     panels.draw(
         path,
         [
-            panels.Panel("while training", "training step", right, by_step),
-            panels.Panel("at the end", "number of the item in the row", right, by_item),
+            panels.Panel("while training", "training step", right, by_step, most=100),
+            panels.Panel("at the end", "number of the item in the row", right, by_item, most=100),
         ],
     )
 

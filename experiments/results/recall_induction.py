@@ -11,7 +11,7 @@ import numpy as np
 from ..datasets.recall import TRIGGER
 from ..plots import panels
 from ..tasks.recall import READ, TIMES, RecallTask
-from ..trained import averaged, by, quickest, task
+from ..trained import averaged, by, quickest, task_of
 from . import Experiment, Measured, Setting
 
 PRESET = "--preset recall-induction "
@@ -48,14 +48,13 @@ def run(setting: Setting) -> Measured:
         size, count = ended[0].found["state_bytes"], ended[0].final["parameters"]
         right = [by_length[n][0] for n in SHOWN]
         rows.append([name, *right, spread, size, count, quickest(ended)])
-    made = task(models["Mamba"])
+    made = task_of(models["Mamba"])
     notes = [
         f"Trained on {made.length} tokens, {made.rows} rows a step, which ask {made.items} times, "
         "all for one answer: that takes fewer steps than one question a row, but what is asked for "
         f"stood {distance(made):.0f} tokens before, on average. What is measured asks once, at the "
         f"end of each of {READ * TIMES} rows a length that no run trains on; guessing gives "
-        f"{100 / (made.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all; means over "
-        "the seeds, the spread is the standard deviation over them, on the same rows.",
+        f"{100 / (made.model.vocab - 1):.1f} %. The same AdamW, rows and steps for all.",
         "Mamba has a short convolution of its own; the blocks of the others follow one (LFM2's). "
         "The trigger is one token, so that no query need depend on what is read: Aaren, whose "
         "queries do not, can do it. The settings were chosen in trials of Mamba with seed 0.",
@@ -90,7 +89,7 @@ def answer(rows: list[list]) -> str:
 
 def draw(measured: Measured, path: Path) -> None:
     curves = {name: measured["curves"][name] for name in MODELS}
-    panels.draw(path, [panels.Panel("induction", "tokens of a row", "right (%)", curves, "x")])
+    panels.draw(path, [panels.Panel("induction", "tokens of a row", "right (%)", curves, "x", 100)])
 
 
 experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)

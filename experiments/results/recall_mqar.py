@@ -10,7 +10,7 @@ import numpy as np
 
 from ..plots import panels
 from ..tasks.recall import RecallTask
-from ..trained import averaged, by, mean_and_spread, quickest, task
+from ..trained import averaged, by, mean_and_spread, quickest, task_of
 from . import Experiment, Measured, Setting
 
 PRESET = "--preset recall-mqar "
@@ -72,17 +72,16 @@ def run(setting: Setting) -> Measured:
         curves.setdefault(f"{name} by state", []).append([state, right, spread or 0.0])
         # of the largest state, which comes last
         curves[f"{name} by pairs"] = averaged(by(each.found, "pairs") for each in ended)
-    made = task(next(iter(models.values())))
+    made = task_of(next(iter(models.values())))
     notes = [
         f"{made.items} pairs in {made.length} tokens, {made.rows} rows a step. Blocks of width "
         f"{made.model.width}: a short convolution (LFM2's), which makes one vector of a key and "
-        "the value after it, and the mixer. The same AdamW and steps for all; means over the "
-        "seeds, the spread is the standard deviation over them; measured on rows that no run "
-        "trains on. The state is that of one row, convolutions' included, attention's cache as "
-        "long as the row. Parameters are not equal: numbers of state per channel (Mamba, Mamba-2) "
-        "bring some with them, and RetNet's values are twice as wide as the block. A run finds the "
-        "pairs or not, so a mean between is of some that did. By pairs: the largest state of each "
-        f"mixer, trained on {made.items} pairs.",
+        "the value after it, and the mixer. The same AdamW and steps for all; measured on "
+        "rows that no run trains on. The state is that of one row, convolutions' included, "
+        "attention's cache as long as the row. Parameters are not equal: numbers of state "
+        "per channel (Mamba, Mamba-2) bring some with them, and RetNet's values are twice "
+        "as wide as the block. A run finds the pairs or not, so a mean between is of some that "
+        f"did. By pairs: the largest state of each mixer, trained on {made.items} pairs.",
         f"A row's likeliest value is right {by_value(made):.0f} times in 100: a run that stays "
         "there has not found the pairs in these steps, whatever its state could hold. Mamba reads "
         "keys, queries and values from the same convolved channels, Mamba-2 each from the block's "
@@ -124,8 +123,8 @@ def draw(measured: Measured, path: Path) -> None:
     panels.draw(
         path,
         [
-            panels.Panel("by the size of the state", "bytes of state", right, by_state, "x"),
-            panels.Panel("by what there is to recall", "key-value pairs", right, by_pairs, "x"),
+            panels.Panel("by the size of the state", "bytes of state", right, by_state, "x", 100),
+            panels.Panel("by what is to recall", "key-value pairs", right, by_pairs, "x", 100),
         ],
     )
 

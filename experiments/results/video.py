@@ -14,7 +14,7 @@ from ...models import Video
 from .. import timing
 from ..plots import panels
 from ..rollouts import seconds_per_frame
-from ..trained import averaged, mean_and_spread, parameters, quickest, shown, task
+from ..trained import averaged, mean_and_spread, parameters, quickest, shown, task_of
 from . import Experiment, Measured, Setting
 
 PRESET = "--preset video-bouncing "
@@ -46,7 +46,7 @@ COLUMNS = [
 def run(setting: Setting) -> Measured:
     small = SMALL if setting.small else ""
     models = {name: f"{PRESET}{small}{own}".split() for name, own in MODELS.items()}
-    tasks = {name: task(given) for name, given in models.items()}
+    tasks = {name: task_of(given) for name, given in models.items()}
     sizes = {name: parameters(task) for name, task in tasks.items()}
     for name, size in sizes.items():
         if not setting.small and abs(size / sizes["ConvS5"] - 1) > WITHIN:
@@ -71,6 +71,9 @@ def run(setting: Setting) -> Measured:
             [name, *reach, *(x for _, x, _ in at), spread, *ends, sizes[name], quickest(ended)]
         )
     measured = {"columns": COLUMNS, "rows": rows, "curves": curves, "times": times}
+    measured["pictures"] = {
+        name: str(ended[0].run.folder / "film.png") for name, ended in runs.items()
+    }
     found = answer(rows, curves[PLAIN[1]][-1][1])
     return measured | {"found": found, "notes": notes(tasks["ConvS5"], curves)}
 
@@ -124,11 +127,10 @@ def notes(task, curves: dict) -> list[str]:
         f"frame, in frames of {task.model.size[0]} x {task.model.size[1]}, pixels from -1 to 1; "
         f"{task.rows} clips of {task.frames} frames a "
         f"step, the same steps and AdamW for all; {task.condition} frames are given, those held "
-        "out of digits that no run trains on. Means over the seeds; the spread is the standard "
-        "deviation over them. A transformer's token sees itself and 1,023 before it, 16 frames, "
-        "and no later place of its own frame. How long a roll-out is of use was added as a measure "
-        "once the errors at the end were known: late frames that are sharp and in a wrong place "
-        "have more error than a blur.",
+        "out of digits that no run trains on. A transformer's token sees itself and 1,023 "
+        "before it, 16 frames, and no later place of its own frame. How long a roll-out is of "
+        "use was added as a measure once the errors at the end were known: late frames that "
+        "are sharp and in a wrong place have more error than a blur.",
         f"The last frame, copied, has an error of {ends['the last frame, copied']:.3f} at the end, "
         f"the mean of all frames {ends['the mean of all frames']:.3f}.",
         "Times are of one clip on one core, random weights, the quickest of three calls, one model "

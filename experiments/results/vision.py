@@ -17,7 +17,7 @@ from flax import nnx
 from ...models import Vision, VisionConfig, merge, split
 from .. import timing
 from ..plots import panels
-from ..trained import averaged, mean_and_spread, shown, task
+from ..trained import averaged, mean_and_spread, shown, task_of
 from . import Experiment, Measured, Setting
 
 MODELS = {
@@ -49,7 +49,7 @@ def given(name: str, small: bool) -> list[str]:
 
 
 def config(name: str, small: bool) -> VisionConfig:
-    return task(given(name, small)).model
+    return task_of(given(name, small)).model
 
 
 def run(setting: Setting) -> Measured:
@@ -178,7 +178,7 @@ def draw(measured: Measured, path: Path) -> None:
         return found
 
     exits = {name: measured["curves"].get(name, []) for name in MODELS}
-    early = panels.Panel("early exit", "patches read", "test images right (%)", exits)
+    early = panels.Panel("early exit", "patches read", "test images right (%)", exits, most=100)
     size = "patches of an image"
     speed = panels.Panel("forward and backward", size, "images per second", lines(6), "xy")
     memory = panels.Panel("forward and backward", size, "temporaries (MB)", lines(9), "x")

@@ -1,6 +1,7 @@
 """Measurements replace their own part of results.md only; runs are not trained twice."""
 
 import json
+import os
 import statistics
 
 import jax
@@ -104,6 +105,7 @@ def test_rows_of_runs_that_train(name, tmp_path, monkeypatch):
                 nnx.eval_shape(lambda task=config.task: task.build(nnx.Rngs(0)))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "evaluation.json").write_text(json.dumps(EVALUATED))
+            (folder / "film.png").write_bytes(folder.name.encode())
             (folder / "final.json").write_text(json.dumps(LEFT))
             held = {f"heldout_{k}": x for k, x in LEFT.items()}
             (folder / "metrics.jsonl").write_text(json.dumps({"step": 2} | held) + "\n")
@@ -121,7 +123,14 @@ def test_rows_of_runs_that_train(name, tmp_path, monkeypatch):
     ends = {2.5, 75.0, 0.75, 0.9, 1.25, 50.0, 0.01}
     assert all(ends & {x for x in row if isinstance(x, float)} for row in found["rows"])
     assert (tmp_path / f"results/{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert found["found"] in (tmp_path / "results.md").read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert found["found"] in text
+    for label, copy in found["pictures"].items():
+        assert f"\n{label}:\n\n![{label}](results/{copy})" in text
+        assert (tmp_path / "results" / copy).read_text() == f"{label.lower()}-3"
+    assert len(found["pictures"]) == (3 if name == "video" else 0)
+    assert reproduce.main([name, "--redraw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.md").read_text() == text
 
 
 @pytest.mark.parametrize("broken", ["<!-- lightning -->", "<!-- /lightning -->"])
@@ -195,7 +204,7 @@ def test_models_of_equal_parameters(monkeypatch):
     """MLPs make up for what mixers lack; models that cannot be made equal are refused."""
     chosen = {name: language.MODELS[name] for name in ("Mamba", "Mamba-2", "RetNet", "attention")}
     monkeypatch.setattr(language, "MODELS", chosen)
-    sizes = [trained.parameters(language.task(given)) for given in language.sized().values()]
+    sizes = [trained.parameters(trained.task_of(given)) for given in language.sized().values()]
     assert len(sizes) == 4 and max(sizes) / min(sizes) < 1.03
     monkeypatch.setattr(language, "WITHIN", 0.001)
     with pytest.raises(ValueError, match=r"Mamba-2 has 855,508 parameters, not within 0.1% of"):
@@ -234,16 +243,18 @@ def test_an_evaluation_is_kept_until_its_run_goes_on(tmp_path, monkeypatch):
             (tmp_path / "evaluation.json").write_text(json.dumps({"number": len(done)}))
             ended(job)
 
-    def evaluated(*flags):
-        return trained.all_evaluated([tmp_path], flags)[0]["number"]
+    def evaluated():
+        return trained.all_evaluated([tmp_path])[0]["number"]
 
     monkeypatch.setattr(processes, "run", run)
     (tmp_path / "final.json").write_text("{}")
     config = flags.train(["--preset", "digits-sequence", "--run", str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    assert [evaluated("--tokens", "9"), evaluated("--tokens", "9")] == [1, 1]
-    assert done == [("--checkpoint", str(tmp_path), "--no-plot", "--tokens", "9")]
-    assert evaluated() == 2
+    assert [evaluated(), evaluated()] == [1, 1]
+    assert done == [("--checkpoint", str(tmp_path))]
+    later = (tmp_path / "evaluated.json").stat().st_mtime_ns + 1
+    os.utime(tmp_path / "final.json", ns=(later, later))
+    assert [evaluated(), evaluated()] == [2, 2]
     monkeypatch.setattr(trained, "file_digest", lambda _: "the task was changed")
     assert [evaluated(), evaluated()] == [3, 3]
     (tmp_path / "evaluated.json").write_text("{")
