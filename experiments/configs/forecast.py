@@ -13,7 +13,9 @@
 `python -m scanax.experiments.reproduce aaren` measures this. Of 100, 200 and 400 steps, the same
 for both, these left the least validation error of both together with seed 7. The series are short,
 and networks soon learn them by heart: of unemployment both are better on the test part after 100
-steps (.295 each, seeds 0 and 1), and at three times the rate sunspots end at 1.49 and 1.45.
+steps (.295 each, seeds 0 and 1), and at three times the rate sunspots end at 1.49 and 1.45. After
+its 200 steps attention is 4 % ahead on unemployment: of the 34 test windows, which overlap, the
+eight that begin in the year before its rises of 2001 and 2008 bring four fifths of that.
 """
 
 from scanax.experiments.config import TrainConfig

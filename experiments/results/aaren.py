@@ -153,7 +153,8 @@ def notes(curves: dict[str, list[list[float]]]) -> list[str]:
         "is of the same seed. Series are cut in time: the last 20 % are measured, errors in "
         "deviations of the first 70 %; the steps of a series are those of 100, 200 and "
         "400 that leave the least validation error, of both mixers together, in runs of another "
-        "seed.",
+        "seed. In which windows of a short series they differ is in the docstring of the preset "
+        "forecast.",
         f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs in turn for "
         f"each seed; attention's cache is made for all tokens. Aaren's state: {size:,.0f} bytes at "
         f"{tokens:,.0f} tokens.",

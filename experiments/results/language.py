@@ -101,10 +101,14 @@ def run(setting: Setting) -> Measured:
 
 
 def answer(rows: list[list]) -> str:
-    """All models, best first."""
-    return "held-out bits per byte, best first: " + ", ".join(
-        f"{row[0]} {shown(row[1], row[2], 2)}" for row in rows
-    )
+    """All models, best first; before them what GLA is behind by more than the wider spread."""
+    by_name = {name: (mean, spread or 0.0) for name, mean, spread, *_ in rows}
+    ours, own = by_name["GLA"]
+    others = {name: by_name[name] for name in ("attention", "Mamba")}
+    ahead = [name for name, (mean, s) in others.items() if ours - mean > max(own, s)]
+    behind = f"not as well as {' and '.join(ahead)}: " if ahead else ""
+    figures = ", ".join(f"{row[0]} {shown(row[1], row[2], 2)}" for row in rows)
+    return f"{behind}held-out bits per byte, best first: {figures}"
 
 
 def draw(measured: Measured, path: Path) -> None:

@@ -310,3 +310,13 @@ def test_a_read_context_is_the_tokens_read_one_by_one(monkeypatch):
     tokens = jnp.arange(14, dtype=jnp.int32)[None]
     following, state = decode.read(decode.Decoder(None, step), tokens, [], 2)
     assert sizes == [2, 4, 4, 4] and state == list(range(14)) and int(following[0, 0]) == 13
+
+
+def test_language_says_first_what_gla_is_behind():
+    rows = [["Mamba", 2.0, 0.01], ["attention", 2.1, 0.3], ["GLA", 2.2, 0.1]]
+    assert language.answer(rows) == (
+        "not as well as Mamba: held-out bits per byte, best first: "
+        "Mamba 2.00 ± 0.01, attention 2.10 ± 0.30, GLA 2.20 ± 0.10"
+    )
+    rows[2][1] = 2.05
+    assert language.answer(rows).startswith("held-out bits per byte, best first: ")
