@@ -33,6 +33,18 @@ from scanax.experiments.results import Measured, Setting
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RUNS = Path("runs/results")
+SAID = (
+    "name",
+    "claim",
+    "found",
+    "command",
+    "machine",
+    "seconds",
+    "date",
+    "seeds",
+    "columns",
+    "rows",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +114,7 @@ def check(config: Reproduce) -> None:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name one with --out DIR")
     sections.spans(text(folder), [sections.SUMMARY, *results.names()])
+    others(config)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -122,8 +135,7 @@ def reproduce(name: str, config: Reproduce) -> None:
     experiment, file, pictures = results.find(name), figures(config, name), {}
     new = file.with_name(f"{file.name}.new")
     if config.redraw:
-        before = new if new.exists() else file
-        measured = json.loads(before.read_text("utf-8")) | {"claim": experiment.claim}
+        measured = kept(new if new.exists() else file) | {"claim": experiment.claim}
     else:
         print(f"{name}: {experiment.claim}", file=sys.stderr, flush=True)
         measured = measure(name, config)
@@ -131,23 +143,35 @@ def reproduce(name: str, config: Reproduce) -> None:
             pictures[label] = f"{name}-{trained.file_name(label)}.png", Path(path).read_bytes()
         measured["pictures"] = {label: copy for label, (copy, _) in pictures.items()}
     file.parent.mkdir(exist_ok=True)
+    for copy, content in pictures.values():
+        (file.parent / copy).write_bytes(content)
     # a line a row, so that a changed figure is a changed line
     lines = re.sub(r"\n {3,}|\n {2}(?=\])", " ", json.dumps(measured, indent=1))
     new.write_text(lines + "\n", "utf-8")  # if it cannot be drawn, --redraw finds it
     picture = file.with_suffix(".png")
     try:
         experiment.draw(measured, picture.with_name(f"{picture.name}.new"))
-    except KeyError as error:
-        raise ValueError(f"{new} lacks {error}: measure it anew") from error
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{new} lacks what is drawn ({error}): measure it anew") from error
     os.replace(picture.with_name(f"{picture.name}.new"), picture)
-    for copy, content in pictures.values():
-        (file.parent / copy).write_bytes(content)
     os.replace(new, file)
-    there = [(file.parent / f"{other}.json") for other in results.names()]
-    every = [json.loads(path.read_text("utf-8")) for path in there if path.exists()]
     folder = file.parent.parent
-    write(folder / "results.md", sections.updated(text(folder), every, results.names()))
+    write(folder / "results.md", sections.updated(text(folder), others(config), results.names()))
     print(f"{name}: {measured['found']}\n{folder / 'results.md'}")
+
+
+def others(config: Reproduce) -> list[Measured]:
+    """The figures of all that was measured."""
+    every = [figures(config, name) for name in results.names()]
+    return [kept(file) for file in every if file.exists()]
+
+
+def kept(path: Path) -> Measured:
+    """Figures of before; ValueError that names the file if it is none."""
+    measured = trained.read(path)
+    if missing := [key for key in SAID if key not in measured]:
+        raise ValueError(f"{path} lacks {missing[0]!r}: measure it anew")
+    return measured
 
 
 def measure(name: str, config: Reproduce) -> Measured:

@@ -1,8 +1,10 @@
 """Handwritten digits read pixel by pixel, by Aaren; attention of equal size is
 `--model.pattern attention+gelu`.
 
-    held-out images named right, seed 0, 1500 steps, 40 s of one core:
-    aaren 96.7 %, attention 95.3 %
+    held-out images named right, mean of seeds 0, 1 and 2, 1500 steps, 40 s of one core:
+    aaren 95.3 %, attention 95.4 %
+
+`python -m scanax.experiments.reproduce aaren` measures this.
 """
 
 from scanax.experiments.config import TrainConfig

@@ -3,8 +3,7 @@
 A ViT of equal size: `--model.pattern attention+gelu`; one that sees earlier patches only:
 `--model.attention.causal` besides. ViR with patches read twice: `--model.bidirectional`.
 
-On one core of an EPYC, test images right with seed 1: ViR 98.6 %, ViT 98.3 %. All four over seeds
-0, 1 and 2: `python -m scanax.experiments.reproduce vision`.
+All four over seeds 0, 1 and 2: `python -m scanax.experiments.reproduce vision`.
 """
 
 from scanax.experiments.config import TrainConfig

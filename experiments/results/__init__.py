@@ -44,6 +44,12 @@ class Experiment:
     draw: Callable[[Measured, Path], None]
 
 
+def verdict(failing: Iterable[str]) -> str:
+    """How an answer begins, by what the claim does not hold for."""
+    failing = list(failing)
+    return f"does not hold for {' and '.join(failing)}: " if failing else "holds: "
+
+
 def names() -> list[str]:
     """Of the experiments, the files of this folder."""
     files = Path(__file__).parent.glob("*.py")

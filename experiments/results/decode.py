@@ -20,12 +20,13 @@ from ...models import LM, LMConfig, merge, split
 from .. import timing
 from ..plots import panels
 from ..trained import mean_and_spread
-from . import Experiment, Measured, Setting
+from . import Experiment, Measured, Setting, verdict
 
 MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
 CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
+FLAT = 1.15  # the longest context's time over the shortest's that counts as the same
 ROUNDS = 3  # of such rows, for each seed
 COLUMNS = ["mixer", "context (tokens)", "time (ms/token)", "spread (ms/token)", "state (kB)"]
 
@@ -120,15 +121,16 @@ def answer(rows) -> str:
         return last[2] / first[2], last[4] / first[4]
 
     mixers = dict.fromkeys(row[0] for row in rows)
-    recurrent = [growth(mixer) for mixer in mixers if mixer != "attention"]
+    recurrent = {mixer: growth(mixer) for mixer in mixers if mixer != "attention"}
     longer, larger = growth("attention")
     first, last = rows[0][1], rows[-1][1]
-    times = [longer for longer, _ in recurrent]
+    times = [longer for longer, _ in recurrent.values()]
+    failing = [mixer for mixer, (time, state) in recurrent.items() if time > FLAT or state > 1]
     return (
-        f"from {first:,} to {last:,} tokens of context a token of the recurrent mixers takes "
-        f"{min(times):.2f} to {max(times):.2f} times as long and their state is "
-        f"{max(larger for _, larger in recurrent):.0f} times as large; of attention {longer:.1f} "
-        f"and {larger:.0f} times"
+        f"{verdict(failing)}from {first:,} to {last:,} tokens of context a token of the recurrent "
+        f"mixers takes {min(times):.2f} to {max(times):.2f} times as long, and their state grows "
+        f"{max(larger for _, larger in recurrent.values()):.0f} times; of attention "
+        f"{longer:.1f} and {larger:.0f} times"
     )
 
 

@@ -5,17 +5,17 @@ of held-out clips by horizon. And each, with random weights, generates frames: t
 horizon.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
 from ...models import Video
-from .. import timing
+from .. import rollouts, timing
 from ..plots import panels
-from ..rollouts import seconds_per_frame
 from ..trained import averaged, mean_and_spread, parameters, quickest, shown, task_of
-from . import Experiment, Measured, Setting
+from . import Experiment, Measured, Setting, verdict
 
 PRESET = "--preset video-bouncing "
 MODELS = {
@@ -75,7 +75,7 @@ def run(setting: Setting) -> Measured:
         name: str(ended[0].run.folder / "film.png") for name, ended in runs.items()
     }
     found = answer(rows, curves[PLAIN[1]][-1][1])
-    return measured | {"found": found, "notes": notes(tasks["ConvS5"], curves)}
+    return measured | {"found": found, "notes": notes(tasks, curves)}
 
 
 def frames_below(errors: list[float], others: list[float]) -> int:
@@ -93,7 +93,7 @@ def timed(tasks: dict, setting: Setting) -> dict[str, list[list[float]]]:
             count, each = (task.rollout if setting.small else TIMED), []
             for seed in setting.seeds:
                 model = Video(task.model, rngs=nnx.Rngs(seed))
-                each.append(seconds_per_frame(model, clip, count))
+                each.append(rollouts.seconds_per_frame(model, clip, count))
             curves[name] = []
             for same in zip(*each, strict=True):
                 mean, spread = mean_and_spread(1e3 * seconds for *_, seconds in same)
@@ -104,41 +104,42 @@ def timed(tasks: dict, setting: Setting) -> dict[str, list[list[float]]]:
 def answer(rows: list[list], plain: float) -> str:
     """How far models are of use, their errors at the end, and how time grows with the horizon.
 
-    `plain` is the error of the mean of all frames there. First is said where ConvS5 is not ahead.
+    `plain` is the error of the mean of all frames there.
     """
     at = len(HORIZONS) + 2
     ours, *others = (row[at] for row in rows)
-    behind = f"not {HORIZONS[-1]} frames ahead: " if ours > min(others) else ""
+    behind = [f"roll-outs of {HORIZONS[-1]} frames"] * (ours > min(others))
     reach = ", ".join(f"{row[0]} {shown(row[1], row[2], 1)}" for row in rows)
     errors = ", ".join(f"{row[0]} {row[at]:.3f}" for row in rows)
     growth = ", ".join(f"{row[0]} {row[at + 3] / row[at + 2]:.1f}" for row in rows)
     return (
-        f"{behind}roll-outs have less error than the mean of all frames for so many frames: "
-        f"{reach}; {HORIZONS[-1]} frames ahead the squared error of a pixel is {errors}, that "
-        f"mean's {plain:.3f}; a frame at the end of {TIMED} takes so many times as long as one of "
-        f"the first 16: {growth}"
+        f"{verdict(behind)}better than the mean of all frames are the first frames of a roll-out: "
+        f"{reach}; the squared error of a pixel {HORIZONS[-1]} frames ahead is {errors}, of the "
+        f"mean of all frames {plain:.3f}; a frame at the end of {TIMED} takes so many times as "
+        f"long as one of the first 16: {growth}"
     )
 
 
-def notes(task, curves: dict) -> list[str]:
+def notes(tasks: dict, curves: dict) -> list[str]:
+    task, attention = tasks["ConvS5"], tasks["attention"].model
+    window = attention.attention.window
     ends = {name: points[-1][1] for name, points in curves.items()}
-    said = [
+    return [
         f"Digits of scikit-learn's, {task.digits} a clip, moving {task.speed} of their room a "
         f"frame, in frames of {task.model.size[0]} x {task.model.size[1]}, pixels from -1 to 1; "
-        f"{task.rows} clips of {task.frames} frames a "
-        f"step, the same steps and AdamW for all; {task.condition} frames are given, those held "
-        "out of digits that no run trains on. A transformer's token sees itself and 1,023 "
-        "before it, 16 frames, and no later place of its own frame. How long a roll-out is of "
-        "use was added as a measure once the errors at the end were known: late frames that "
-        "are sharp and in a wrong place have more error than a blur. After so few steps the errors "
-        "of single frames add up until a roll-out has lost its digit, and the order at the end is "
-        "that of blurs.",
-        f"The last frame, copied, has an error of {ends['the last frame, copied']:.3f} at the end, "
-        f"the mean of all frames {ends['the mean of all frames']:.3f}.",
-        "Times are of one clip on one core, random weights, the quickest of three calls, one model "
-        "after another. Attention's cache has room for its window only, hence its flat time.",
+        f"{task.rows} clips of {task.frames} frames a step, the same steps and AdamW for all. What "
+        f"is measured is {task.condition} frames given and {task.rollout} generated, of digits "
+        "that no run trains on. The settings were chosen in trials of ConvS5 with another seed.",
+        f"A transformer's token sees itself and {window - 1:,} before it, "
+        f"{window // math.prod(attention.frame)} frames, and no later place of its own frame, "
+        "which convolutions see. Its cache has room for that window only.",
+        "How long a roll-out is of use was added as a measure once the errors at the end were "
+        "known: late frames that are sharp and in a wrong place have more error than a blur. At "
+        f"the end the last frame, copied, has an error of {ends[PLAIN[0]]:.3f}, the mean of all "
+        f"frames {ends[PLAIN[1]]:.3f}.",
+        "Times are of one clip on one core, random weights, the quickest of "
+        f"{rollouts.ROUNDS} calls, one model after another. The film strips are of one clip.",
     ]
-    return said
 
 
 def draw(measured: Measured, path: Path) -> None:

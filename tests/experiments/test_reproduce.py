@@ -11,7 +11,17 @@ import pytest
 from flax import nnx
 from scanax.experiments import flags, processes, reproduce, results, sections, trained
 from scanax.experiments.config import to_json
-from scanax.experiments.results import decode, language, lightning
+from scanax.experiments.results import (
+    aaren,
+    decode,
+    language,
+    lightning,
+    recall_copying,
+    recall_induction,
+    recall_mqar,
+    video,
+    vision,
+)
 from scanax.experiments.tasks.recall import LENGTHS
 from support.runs import SMALL
 
@@ -174,8 +184,8 @@ def test_sections_stand_in_the_order_of_the_names():
 
 
 def test_cells_have_three_digits():
-    cells = [None, 1234567, 123456.0, 99.96, 0.00012345, "a|b", True]
-    assert [sections.cell(x) for x in cells[:-1]] == [
+    cells = [None, 1234567, 123456.0, 99.96, 0.00012345, "a|b"]
+    assert [sections.cell(x) for x in cells] == [
         "",
         "1,234,567",
         "123,000",
@@ -276,11 +286,18 @@ def test_a_run_that_diverged_is_named(tmp_path, monkeypatch):
 def test_figures_that_lack_what_is_drawn_are_named(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     file = tmp_path / "results/recall-induction.json"
-    file.write_text(json.dumps({"name": "recall-induction", "curves": {}}))
-    assert reproduce.main(["recall-induction", "--redraw", "--out", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"reproduce: {file}.new lacks 'Mamba': measure it anew"
-    assert json.loads(file.read_text())["curves"] == {}
+    for text, says in (
+        ("{", f"{file} is no JSON: Expecting property name"),
+        ('{"name": "recall-induction"}', f"{file} lacks 'claim': measure it anew"),
+        (
+            json.dumps(made("recall-induction", curves={})),
+            f"{file}.new lacks what is drawn ('Mamba'",
+        ),
+    ):
+        file.write_text(text)
+        assert reproduce.main(["recall-induction", "--redraw", "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"reproduce: {says}") and file.read_text() == text
 
 
 def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
@@ -315,8 +332,67 @@ def test_a_read_context_is_the_tokens_read_one_by_one(monkeypatch):
 def test_language_says_first_what_gla_is_behind():
     rows = [["Mamba", 2.0, 0.01], ["attention", 2.1, 0.3], ["GLA", 2.2, 0.1]]
     assert language.answer(rows) == (
-        "not as well as Mamba: held-out bits per byte, best first: "
+        "does not hold for GLA beside Mamba: held-out bits per byte, best first, are "
         "Mamba 2.00 ± 0.01, attention 2.10 ± 0.30, GLA 2.20 ± 0.10"
     )
     rows[2][1] = 2.05
-    assert language.answer(rows).startswith("held-out bits per byte, best first: ")
+    assert language.answer(rows).startswith("holds: held-out bits per byte, best first, are ")
+
+
+def test_answers_begin_with_what_does_not_hold():
+    def begins(answer, what):
+        return answer.startswith(f"does not hold for {what}: " if what else "holds: ")
+
+    for right, without, what in [
+        (96.0, 49.0, ""),
+        (94.0, 49.0, "M (under 95 % right)"),
+        (94.0, 50.0, "M (under 95 % right) and W (at least 50 % right)"),
+    ]:
+        rows = [["M", right, 1.0], ["W", without, None]]
+        assert begins(recall_copying.answer(rows), what)
+    curves = {"Mamba": [[64.0, 100.0, 0.0], [128.0, 91.0, 0.0], [256.0, 90.0, 0.0]]}
+    rows = [["Mamba", *[90.0] * 4], ["GLA", *[10.0] * 4]]
+    assert begins(recall_induction.answer(rows, curves), "")
+    curves["Mamba"][1][1] = 89.0
+    what = "rows of 128 tokens and more (Mamba under 90 % right)"
+    assert begins(recall_induction.answer(rows, curves), what)
+    rows = [
+        [name, "", n, y] for name in recall_mqar.NAMES.values() for n, y in ((9, 20.0), (18, 80.0))
+    ]
+    assert begins(recall_mqar.answer(rows), "")
+    rows[1][3], rows[3][3], rows[3][2] = 24.0, 24.0, 17  # RetNet's state has not doubled
+    assert begins(recall_mqar.answer(rows), "GLA")
+    rows = [
+        [name, 9.0, 1.0, *[0.1] * 4, 0.0, 2.0, 2.0] for name in ("ConvS5", "ConvLSTM", "attention")
+    ]
+    assert begins(video.answer(rows, 0.1), "")
+    rows[0][6] = 0.11
+    assert begins(video.answer(rows, 0.1), "roll-outs of 64 frames")
+    rows = [[form, n, 1, 1.0, 100.0] for form in lightning.FORMS for n in (256, 512)]
+    assert begins(lightning.answer(rows), "")
+    rows[1][4] = 90.0
+    assert begins(lightning.answer(rows), "rows of 512 tokens")
+    rows = [[m, n, 1.0, 0.0, 4.0] for m in ("gla", "attention") for n in (64, 128)]
+    assert begins(decode.answer(rows), "")
+    rows[1][2] = 1.2
+    assert begins(decode.answer(rows), "gla")
+    rows = [
+        [name, n, 98.0 if n == 64 else None, 1.0, 9, 1.0, 6.4e5 / n, 1.0, 1.0, 1.0]
+        for name in vision.MODELS
+        for n in (64, 256)
+    ]
+    assert begins(vision.answer(rows), "")
+    rows[0][2], rows[1][6] = 96.9, 1e3
+    assert begins(vision.answer(rows), "accuracy and speed")
+    rows = [
+        [name, aaren.WHAT[what], 1.0, 0.0, 1.0, 0.0, 1.02]
+        for name, (_, what) in aaren.TASKS.items()
+    ]
+    curves = {
+        f"{what} of {m}": [[64.0, 1.0], [128.0, 1.0]]
+        for what in ("state", "time")
+        for m in aaren.MIXERS
+    }
+    assert begins(aaren.answer(rows, curves), "")
+    rows[1][6], curves["state of aaren"][1][1] = 1.03, 2.0
+    assert begins(aaren.answer(rows, curves), "co2 and the state")
