@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+SHARE = (0.0, 100.0)  # ends of an axis of per cent
 MARKERS = "osD^vPXd<>"
 
 
 class Panel(NamedTuple):
-    """One pair of axes; a point of a line is (x, y), or (x, y, spread of y)."""
+    """One pair of axes; a point of a line is (x, y), or (x, y, spread of y), which is shaded."""
 
     title: str
     x: str
@@ -18,8 +19,9 @@ class Panel(NamedTuple):
     lines: Mapping[str, Sequence[Sequence[float]]]
     log: Literal["", "x", "xy"] = ""
     """Which axes are logarithmic: x by powers of two, y by powers of ten."""
-    most: float = math.inf
-    """Where y ends by its nature, as shares do at 100: bars of the spread are cut there."""
+    ends: tuple[float, float] = (-math.inf, math.inf)
+    """Where y begins and ends by its nature, as shares do at 0 and 100: no spread goes beyond, and
+    the axis begins at the first."""
     names: Sequence[str] = ()
     """What stands at x = 0, 1, ... where x is no measure; points are then not joined."""
 
@@ -36,27 +38,31 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
             number = labels.index(label)
             # later ones are smaller and thinner, so that of two that coincide both are seen
             size = 7 - 3 * number / max(len(labels) - 1, 1)
-            bars = None
-            if points and len(points[0]) > 2:
-                spreads = [point[2] for point in points]
-                bars = [spreads, [min(s, max(panel.most - y, 0)) for _, y, s in points]]
             xs, ys = [point[0] for point in points], [point[1] for point in points]
-            handles[label] = axes.errorbar(
-                xs,
-                ys,
-                bars,
-                color=f"C{number}",
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=size,
-                linewidth=size / 3.5,
-                linestyle="none" if panel.names else "-",
-                capsize=2,
-            )
+            style = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)]}
+            style |= {"markersize": size, "linewidth": size / 3.5}
+            if panel.names:
+                style["linestyle"] = "none"
+            (handles[label],) = axes.plot(xs, ys, **style)
+            if points and len(points[0]) > 2:
+                low, high = (
+                    [
+                        min(max(y + sign * spread, panel.ends[0]), panel.ends[1])
+                        for _, y, spread in points
+                    ]
+                    for sign in (-1, 1)
+                )
+                if panel.names:
+                    axes.vlines(xs, low, high, color=f"C{number}")
+                else:
+                    axes.fill_between(xs, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
         if "x" in panel.log:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda x, _: short(x))
         if "y" in panel.log:
             axes.set_yscale("log")
+        elif math.isfinite(panel.ends[0]):
+            axes.set_ylim(bottom=panel.ends[0])
         if panel.names:
             axes.set_xticks(range(len(panel.names)), panel.names, rotation=30, ha="right")
         axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)

@@ -62,8 +62,10 @@ def draw(measured: Measured, path: Path) -> None:
     panels.draw(
         path,
         [
-            panels.Panel("while training", "training step", right, by_step, most=100),
-            panels.Panel("at the end", "number of the item in the row", right, by_item, most=100),
+            panels.Panel("while training", "training step", right, by_step, ends=panels.SHARE),
+            panels.Panel(
+                "at the end", "number of the item in the row", right, by_item, ends=panels.SHARE
+            ),
         ],
     )
 

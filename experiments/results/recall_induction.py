@@ -86,7 +86,9 @@ def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
 
 def draw(measured: Measured, path: Path) -> None:
     curves = {name: measured["curves"][name] for name in MODELS}
-    panels.draw(path, [panels.Panel("induction", "tokens of a row", "right (%)", curves, "x", 100)])
+    panels.draw(
+        path, [panels.Panel("induction", "tokens of a row", "right (%)", curves, "x", panels.SHARE)]
+    )
 
 
 experiment = Experiment((__doc__ or "").partition("\n")[0], run, draw)

@@ -124,8 +124,12 @@ def draw(measured: Measured, path: Path) -> None:
     panels.draw(
         path,
         [
-            panels.Panel("by the size of the state", "bytes of state", right, by_state, "x", 100),
-            panels.Panel("by what is to recall", "key-value pairs", right, by_pairs, "x", 100),
+            panels.Panel(
+                "by the size of the state", "bytes of state", right, by_state, "x", panels.SHARE
+            ),
+            panels.Panel(
+                "by what is to recall", "key-value pairs", right, by_pairs, "x", panels.SHARE
+            ),
         ],
     )
 

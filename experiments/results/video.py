@@ -148,12 +148,20 @@ def draw(measured: Measured, path: Path) -> None:
         for name, points in measured["curves"].items()
     }
     times = {name: [tuple(p) for p in points] for name, points in measured["times"].items()}
-    horizon = "horizon (frames)"
+    horizon, positive = "horizon (frames)", (0.0, math.inf)
     panels.draw(
         path,
         [
-            panels.Panel("error of roll-outs", horizon, "mean squared error of a pixel", errors),
-            panels.Panel("time of a generated frame", horizon, "milliseconds", times, "x"),
+            panels.Panel(
+                "error of roll-outs",
+                horizon,
+                "squared error of a pixel (-1 to 1)",
+                errors,
+                ends=positive,
+            ),
+            panels.Panel(
+                "time of a generated frame", horizon, "milliseconds", times, "x", positive
+            ),
         ],
     )
 

@@ -7,6 +7,7 @@ keeps. The class after each row of patches is the recurrent form's.
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -182,10 +183,14 @@ def draw(measured: Measured, path: Path) -> None:
         return found
 
     exits = {name: measured["curves"].get(name, []) for name in MODELS}
-    early = panels.Panel("early exit", "patches read", "test images right (%)", exits, most=100)
+    early = panels.Panel(
+        "early exit", "patches read", "test images right (%)", exits, ends=panels.SHARE
+    )
     size = "patches of an image"
     speed = panels.Panel("speed of training", size, "images per second", lines(6), "xy")
-    memory = panels.Panel("memory of training", size, "temporaries (MB)", lines(9), "x")
+    memory = panels.Panel(
+        "memory of training", size, "temporaries (MB)", lines(9), "x", (0, math.inf)
+    )
     panels.draw(path, [early, speed, memory])
 
 
