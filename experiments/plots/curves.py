@@ -1,7 +1,8 @@
 """A picture of one measure against another, such as accuracy by length."""
 
-import io
 from collections.abc import Sequence
+
+from .figure import begun, png
 
 
 def curve(
@@ -15,10 +16,7 @@ def curve(
 
     A dashed line stands at the x that the model was trained at.
     """
-    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = begun(title)
     axes.plot(*zip(*points, strict=True), "o-", color="tab:blue", markersize=4)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -26,10 +24,5 @@ def curve(
     if trained is not None:
         axes.axvline(trained, color="0.6", linewidth=0.8, linestyle="--")
         x += " (dashed: trained at)"
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    axes.set(xlabel=x, ylabel=y)
+    return png(figure)

@@ -1,6 +1,5 @@
 """Pictures: the loss of a run by step, and of an evaluation by position."""
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,15 @@ from typing import Any
 import numpy as np
 
 from ..metrics import read
+from .figure import begun, png
 
 
 def loss_curve(folder: Path, measure: str, unit: str) -> Path:
     """Draw loss.png: training and held-out loss by step, in bits per byte where those are known."""
-    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
-
     rows = read(folder)
     bits = any("bits_per_byte" in row for row in rows)
     name = "bits_per_byte" if bits else "loss"
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = begun(folder.name)
     train = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     held = [(row["step"], row.get(f"heldout_{name}")) for row in rows]
     held = [(step, value) for step, value in held if value is not None]
@@ -32,8 +29,6 @@ def loss_curve(folder: Path, measure: str, unit: str) -> Path:
         axes.set_ylim(top=1.05 * sorted(v for _, v in train)[-len(train) // 20])
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (bits per byte)" if bits else f"loss ({measure}, mean over {unit})")
-    axes.set_title(folder.name)
-    axes.grid(alpha=0.3)
     if train:
         axes.legend(loc="upper right")  # where losses end up least
     path = folder / "loss.png"
@@ -43,10 +38,7 @@ def loss_curve(folder: Path, measure: str, unit: str) -> Path:
 
 def loss_by_position(results: dict[str, Any], title: str) -> bytes:
     """A PNG of the loss by tokens of context, a curve a length."""
-    from matplotlib.figure import Figure  # an extra, and no global state as with pyplot
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = begun(title)
     shades = np.linspace(0.75, 0, len(results["lengths"]))  # of one colour: lengths have an order
     for result, shade in zip(results["lengths"], shades, strict=True):
         points = [
@@ -63,9 +55,5 @@ def loss_by_position(results: dict[str, Any], title: str) -> bytes:
         about += " (dashed: training length)"
     axes.set_xlabel(about)
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
     axes.legend(loc="upper right")  # where losses end up least
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)

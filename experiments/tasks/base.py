@@ -4,9 +4,11 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -18,6 +20,25 @@ from ...sharding.schedule import PLAIN, Schedule
 from . import Metrics
 
 Same = TypeVar("Same", bound="ModelTask")
+
+
+def means(found: Iterable[Metrics], names: Iterable[str]) -> dict[str, float]:
+    """Of the metrics of batches, each as heavy as its `weight`."""
+    found = list(found)
+    weights = [float(metrics["weight"]) for metrics in found]
+    return {
+        name: float(np.average([float(metrics[name]) for metrics in found], weights=weights))
+        for name in names
+    }
+
+
+def held(total: int, first: int, count: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `total` make these rows of a batch of `count` from `first` on, and their weights.
+
+    Past the last one come copies of it, without weight.
+    """
+    index = np.arange(first, first + count)[rows]
+    return np.minimum(index, total - 1), (index < total).astype(np.float32)
 
 
 class ModelTask:

@@ -14,7 +14,7 @@ from ...layers import router
 from ...models import SeriesConfig, SeriesModel
 from ..datasets.images import handwritten
 from . import Batch, Metrics, Score
-from .base import ModelTask, next_commands
+from .base import ModelTask, held, means, next_commands
 
 PIXELS, CLASSES = 64, 10
 TRAINING = 0.8  # of the images; the others are held out, the same ones in every run
@@ -67,25 +67,18 @@ class DigitsTask(ModelTask):
 
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Means over all held-out images."""
-        _, labels = images()[1]
-        sums = {"loss": 0.0, "accuracy": 0.0}
-        for first in range(0, len(labels), self.rows):
-            metrics, _ = score(partial(self._heldout, first), None)
-            for name in sums:
-                sums[name] += float(metrics[name]) * float(metrics["weight"])
-        return {name: total / len(labels) for name, total in sums.items()}
+        firsts = range(0, len(images()[1][1]), self.rows)
+        found = (score(partial(self._heldout, first), None)[0] for first in firsts)
+        return means(found, ("loss", "accuracy"))
 
     def report(self, model: SeriesModel | None, heldout: dict[str, float], run: str) -> str:
         right = f"held-out images named right: {100 * heldout['accuracy']:.1f}%"
         return "\n".join([*next_commands(run, "evaluate", "train"), right])
 
     def _heldout(self, first: int, rows: slice = slice(None)) -> Batch:
-        """Rows of a batch of images; past the last one, copies of it without weight."""
         x, labels = images()[1]
-        index = np.arange(first, first + self.rows)[rows]
-        within = np.minimum(index, len(labels) - 1)
-        weights = (index < len(labels)).astype(np.float32)
-        return {"x": x[within], "labels": labels[within], "weights": weights}
+        index, weights = held(len(labels), first, self.rows, rows)
+        return {"x": x[index], "labels": labels[index], "weights": weights}
 
 
 @functools.cache

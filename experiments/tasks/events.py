@@ -15,9 +15,9 @@ import numpy as np
 from ...layers import router
 from ...models import SeriesConfig, SeriesModel
 from ..datasets import hawkes
-from ..plots.series import curves as drawn
+from ..plots.series import by_place
 from . import Batch, Metrics, Score
-from .base import ModelTask, next_commands
+from .base import ModelTask, held, means, next_commands
 
 TYPES = len(hawkes.CYCLE.base)
 PARTS = {"training": 0, "validation": 1, "test": 2}
@@ -96,12 +96,9 @@ class EventsTask(ModelTask):
 
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Means over the validation part, at the end over the test part; `rmse` of the wait."""
-        part, sums = "test" if final else "validation", dict.fromkeys(FIGURES, 0.0)
-        for first in range(0, self.heldout, self.rows):
-            metrics, _ = score(partial(self._heldout, part, first), None)
-            for name in FIGURES:
-                sums[name] += float(metrics[name]) * float(metrics["weight"])
-        found = {name: total / (self.heldout * self.length) for name, total in sums.items()}
+        part, firsts = "test" if final else "validation", range(0, self.heldout, self.rows)
+        each = (score(partial(self._heldout, part, first), None)[0] for first in firsts)
+        found = means(each, FIGURES)
         return found | {"rmse": math.sqrt(found.pop("squared_error"))}
 
     def report(self, model: SeriesModel | None, heldout: dict[str, float], run: str) -> str:
@@ -126,16 +123,14 @@ class EventsTask(ModelTask):
         curves = {n: (time + type_).mean(axis=0).tolist() for n, (time, type_) in each.items()}
         if folder is not None:
             axes = "event's place in its sequence", "nats per event"
-            png = drawn(curves, *axes, f"Hawkes process: {self.model.pattern}")
+            png = by_place(curves, *axes, f"Hawkes process: {self.model.pattern}")
             (folder / "events.png").write_bytes(png)
         means = {name: float(np.mean(curve)) for name, curve in curves.items()}
         return {"nats_per_event": means, "nats_by_place": curves}
 
     def _heldout(self, part: str, first: int, rows: slice = slice(None)) -> Batch:
-        """Rows of a batch of sequences; past the last one, copies of it without weight."""
-        index = np.arange(first, first + self.rows)[rows]
-        batch = _batch(self._part(part), np.minimum(index, self.heldout - 1))
-        return batch | {"weights": (index < self.heldout).astype(np.float32)}
+        index, weights = held(self.heldout, first, self.rows, rows)
+        return _batch(self._part(part), index) | {"weights": weights}
 
     def _bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Nats of the test part's events: by the process, and by rates that the training part

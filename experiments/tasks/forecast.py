@@ -14,7 +14,7 @@ from ...models import SeriesConfig, SeriesModel
 from ..datasets import series
 from ..plots.series import forecasts
 from . import Batch, Metrics, Score
-from .base import ModelTask, next_commands
+from .base import ModelTask, held, means, next_commands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,10 @@ class ForecastTask(ModelTask):
         """Mean squared and absolute error of the rolling windows, each forecast from its last
         value: of the validation part, and at the end of the test part.
         """
-        origins, sums = self._origins("test" if final else "validation"), {"loss": 0.0, "mae": 0.0}
-        for first in range(0, len(origins), self.rows):
-            metrics, _ = score(partial(self._rolling, origins, first), None)
-            for name in sums:
-                sums[name] += float(metrics[name]) * float(metrics["weight"])
-        found = {name: total / len(origins) for name, total in sums.items()}
+        origins = self._origins("test" if final else "validation")
+        firsts = range(0, len(origins), self.rows)
+        each = (score(partial(self._rolling, origins, first), None)[0] for first in firsts)
+        found = means(each, ("loss", "mae"))
         return found | {"mse": found["loss"]}
 
     def report(self, model: SeriesModel | None, heldout: dict[str, float], run: str) -> str:
@@ -128,9 +126,9 @@ class ForecastTask(ModelTask):
         return batch | {"weights": np.ones((len(origins), self.context), np.float32)}
 
     def _rolling(self, origins: range, first: int, rows: slice = slice(None)) -> Batch:
-        """Rows of a batch of rolling windows; past the last one, its copies without weight."""
-        index = np.arange(first, first + self.rows)[rows]
-        batch = self._windows(np.array(origins)[np.minimum(index, len(origins) - 1)])
+        """Rows of a batch of rolling windows, each asked at its last value only."""
+        index, weights = held(len(origins), first, self.rows, rows)
+        batch = self._windows(np.array(origins)[index])
         batch["weights"][:, :-1] = 0.0
-        batch["weights"][index >= len(origins)] = 0.0
+        batch["weights"] *= weights[:, None]
         return batch

@@ -17,7 +17,7 @@ from ...models.vision import patches
 from ..datasets.images import resized, shifted
 from ..plots.curves import curve
 from . import Batch, Metrics, Score
-from .base import ModelTask, next_commands
+from .base import ModelTask, held, means, next_commands
 from .digits import images
 
 
@@ -70,11 +70,9 @@ class VisionTask(ModelTask):
         return self._batch(shifted(x[which], moved), labels[which])
 
     def _heldout(self, index: int, rows: slice = slice(None)) -> Batch:
-        """Test images; the last batch is filled with images of no weight."""
         x, labels = self.data[1]
-        which = np.arange(index * self.rows, (index + 1) * self.rows)[rows]
-        batch = self._batch(x[which % len(labels)], labels[which % len(labels)])
-        return batch | {"weights": (which < len(labels)).astype(np.float32)}
+        which, weights = held(len(labels), index * self.rows, self.rows, rows)
+        return self._batch(x[which], labels[which]) | {"weights": weights}
 
     def _batch(self, x: np.ndarray, labels: np.ndarray) -> Batch:
         """Patches (rows, patches, features) from -1 to 1, with labels and weights (rows,)."""
@@ -102,11 +100,7 @@ class VisionTask(ModelTask):
     def evaluate(self, score: Score, final: bool = False) -> dict[str, float]:
         """Mean loss and accuracy on all test images."""
         found = [score(partial(self._heldout, i), None)[0] for i in range(self.pieces)]
-        weights = [float(metrics["weight"]) for metrics in found]
-        return {
-            name: float(np.average([float(metrics[name]) for metrics in found], weights=weights))
-            for name in ("loss", "accuracy")
-        }
+        return means(found, ("loss", "accuracy"))
 
     @property
     def pieces(self) -> int:
