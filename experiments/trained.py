@@ -121,10 +121,21 @@ def final(run: Run) -> dict[str, Any]:
     return read(path)
 
 
-def read(path: Path) -> dict[str, Any]:
+class Kept(dict):
+    """An object of a file of JSON; ValueError names what it lacks, and the file."""
+
+    def __init__(self, path: Path, content: dict[str, Any]):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: Any) -> Any:
+        raise ValueError(f"{self.path} lacks {key!r}: it is of another version; measure it anew")
+
+
+def read(path: Path) -> Kept:
     """A file of JSON; ValueError that names it if it is none."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"), object_hook=functools.partial(Kept, path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; remove it") from None
 

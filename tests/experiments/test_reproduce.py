@@ -286,18 +286,17 @@ def test_a_run_that_diverged_is_named(tmp_path, monkeypatch):
 def test_figures_that_lack_what_is_drawn_are_named(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     file = tmp_path / "results/recall-induction.json"
+    whole = json.dumps(made("recall-induction", curves={}))
     for text, says in (
         ("{", f"{file} is no JSON: Expecting property name"),
-        ('{"name": "recall-induction"}', f"{file} lacks 'claim': measure it anew"),
-        (
-            json.dumps(made("recall-induction", curves={})),
-            f"{file}.new lacks what is drawn ('Mamba'",
-        ),
+        ('{"name": "recall-induction"}', f"{file} lacks 'claim': it is of another version; "),
+        (whole, f"{file} lacks 'Mamba': it is of another version; measure it anew"),
     ):
         file.write_text(text)
         assert reproduce.main(["recall-induction", "--redraw", "--out", str(tmp_path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"reproduce: {says}") and file.read_text() == text
+        (tmp_path / "results/recall-induction.json.new").unlink(missing_ok=True)
 
 
 def test_a_process_that_fails_is_said_by_its_last_line(tmp_path):
