@@ -14,6 +14,8 @@ from .. import trained
 # copies. `reproduce` adds what ran, on what, when and for how long.
 Measured = dict[str, Any]
 
+FLAT = 1.15  # times as long, or as quick, that still count as the same
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:

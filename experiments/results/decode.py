@@ -20,13 +20,12 @@ from ...models import LM, LMConfig, merge, split
 from .. import timing
 from ..plots import panels
 from ..trained import mean_and_spread
-from . import Experiment, Measured, Setting, verdict
+from . import FLAT, Experiment, Measured, Setting, verdict
 
 MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
 CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
-FLAT = 1.15  # the longest context's time over the shortest's that counts as the same
 ROUNDS = 3  # of such rows, for each seed
 COLUMNS = ["mixer", "context (tokens)", "time (ms/token)", "spread (ms/token)", "state (kB)"]
 

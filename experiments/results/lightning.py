@@ -19,11 +19,10 @@ from ...layers import decay
 from .. import timing
 from ..plots import panels
 from ..trained import mean_and_spread
-from . import Experiment, Measured, Setting, verdict
+from . import FLAT, Experiment, Measured, Setting, verdict
 
 LENGTHS = [2**n for n in range(8, 17)]
 TOKENS, HEADS, WIDTH = 4096, 2, 64
-FLAT = 1.1  # the best speed over another that counts as the same
 ROUNDS, MOST = 3, 4e9  # timed runs of each for each seed, and bytes of a program that is run
 COLUMNS = [
     "form",

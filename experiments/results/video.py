@@ -129,7 +129,8 @@ def notes(tasks: dict, curves: dict) -> list[str]:
         f"frame, in frames of {task.model.size[0]} x {task.model.size[1]}, pixels from -1 to 1; "
         f"{task.rows} clips of {task.frames} frames a step, the same steps and AdamW for all. What "
         f"is measured is {task.condition} frames given and {task.rollout} generated, of digits "
-        "that no run trains on. The settings were chosen in trials of ConvS5 with another seed.",
+        "that no run trains on. The settings were chosen in trials of ConvS5 with another seed; "
+        "what more training and other sizes gave is in the preset's docstring.",
         f"A transformer's token sees itself and {window - 1:,} before it, "
         f"{window // math.prod(attention.frame)} frames, and no later place of its own frame, "
         "which convolutions see. Its cache has room for that window only.",
