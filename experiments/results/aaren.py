@@ -135,11 +135,13 @@ def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
     return (
         f"{verdict(failing)}Aaren's squared errors over attention's are "
         + ", ".join(f"{name} {ratio:.3f}" for name, ratio in errors.items())
-        + f"; an event costs it {events[2]:.3f} nats, attention {events[4]:.3f}; of digits it names"
-        f" {100 * wrong[2]:.1f} % wrong, attention {100 * wrong[4]:.1f} %; from {first:,.0f} to "
-        f"{last:,.0f} tokens its state grows {growth('state of aaren'):.0f} times, attention's "
-        f"{growth('state of attention'):.0f}, and the time for all tokens "
-        f"{growth('time of aaren'):,.0f} times, attention's {growth('time of attention'):,.0f}"
+        + f"; an event costs it {events[2]:.3f} nats, attention {events[4]:.3f}; it names "
+        f"{100 * wrong[2]:.1f} % of digits wrong, attention {100 * wrong[4]:.1f} %; after "
+        f"{last:,.0f} tokens its state is {growth('state of aaren'):.0f} times that after "
+        f"{first:,.0f}, "
+        f"attention's {growth('state of attention'):.0f} times; reading all of them takes "
+        f"{growth('time of aaren'):,.0f} times as long, attention "
+        f"{growth('time of attention'):,.0f} times"
     )
 
 
