@@ -145,7 +145,7 @@ def answer(rows: list[list]) -> str:
     memory = [ours[9] / theirs[9] for ours, theirs in zip(vir, vit, strict=True)]
     return (
         f"{verdict(failing)}test images right are {right}; ViR trains on {min(rates):.1f} to "
-        f"{max(rates):.1f} thousand patches a second whatever the image; its speed over ViT's is "
+        f"{max(rates):.1f} thousand patches a second, by the image; its speed over ViT's is "
         f"{ratios} patches, its temporaries over ViT's {min(memory):.2f} to {max(memory):.2f}"
     )
 
