@@ -83,15 +83,12 @@ def run(setting: Setting) -> Measured:
     contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, MIXERS
     if setting.small:
         contexts, width, depth, steps, mixers = [2, 4], 16, 1, 1, ("gla", "attention")
-    found = {}
     with timing.one_core():
         models = {}
         for mixer in mixers:
             config = LMConfig(vocab=256, width=width, depth=depth, pattern=f"{mixer}+swiglu")
             models[mixer] = decoder(config)
-        bar = tqdm.tqdm(contexts, desc="decode: contexts")
-        for context in bar:
-            found |= at(models, context, steps, setting.seeds)
+        found = measured(models, contexts, steps, setting.seeds)
     rows = [[mixer, n, *found[mixer, n]] for mixer in mixers for n in contexts]
     return {
         "columns": COLUMNS,
@@ -101,21 +98,30 @@ def run(setting: Setting) -> Measured:
     }
 
 
-def at(models: dict, context: int, steps: int, seeds: tuple[int, ...]) -> dict:
-    """By mixer and context: milliseconds a token, their spread over the seeds, kB of state."""
-    times, kilobytes = {mixer: [] for mixer in models}, {}
-    for seed in seeds:
-        key = jax.random.key(seed)
-        tokens = jax.random.randint(key, (1, context - steps), 0, 256, jnp.int32)
-        calls = {}
-        for mixer, (model, decoder) in models.items():
-            token, state = read(decoder, tokens, model.init_state(1, context), steps)
-            kilobytes[mixer] = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e3
-            decoder.seconds(token, state, 2)  # compiles
-            calls[mixer] = functools.partial(decoder.seconds, token, state, steps)
-        for mixer, milliseconds in timing.medians(calls, range(ROUNDS)).items():
-            times[mixer].append(milliseconds)
-    return {(m, context): (*mean_and_spread(times[m]), kilobytes[m]) for m in models}
+def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ...]) -> dict:
+    """By mixer and context: milliseconds a token, their spread over the seeds, kB of state.
+
+    All contexts take turns, so that a core that slows down slows all.
+    """
+    times, kilobytes = {}, {}
+    with tqdm.tqdm(total=len(seeds) * (len(contexts) + 1), desc="decode: contexts") as bar:
+        for seed in seeds:
+            calls = {}
+            for context in contexts:
+                shape = (1, context - steps)
+                tokens = jax.random.randint(jax.random.key(seed), shape, 0, 256, jnp.int32)
+                for mixer, (model, decoder) in models.items():
+                    token, state = read(decoder, tokens, model.init_state(1, context), steps)
+                    size = sum(x.nbytes for x in jax.tree.leaves(state))
+                    kilobytes[mixer, context] = size / 1e3
+                    decoder.seconds(token, state, 2)  # compiles
+                    call = functools.partial(decoder.seconds, token, state, steps)
+                    calls[mixer, context] = call
+                bar.update()
+            for each, milliseconds in timing.medians(calls, range(ROUNDS)).items():
+                times.setdefault(each, []).append(milliseconds)
+            bar.update()
+    return {each: (*mean_and_spread(times[each]), kilobytes[each]) for each in times}
 
 
 def answer(rows) -> str:
@@ -144,8 +150,8 @@ def notes(rows, width, depth, steps) -> list[str]:
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
         f"random weights. The last {steps} tokens of the context are timed, after {WARM} that are "
-        f"not, of each seed the median of {ROUNDS} such rows in turn. Each call has what it costs "
-        "to begin one.",
+        f"not, of each seed the median of {ROUNDS} such rows; all mixers and contexts take turns. "
+        "Each call has what it costs to begin one.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]
