@@ -48,8 +48,9 @@ class Experiment:
 
 def verdict(failing: Iterable[str]) -> str:
     """How an answer begins, by what the claim does not hold for."""
-    failing = list(failing)
-    return f"does not hold for {' and '.join(failing)}: " if failing else "holds: "
+    *others, last = ("", *failing)
+    listed = " and ".join(part for part in (", ".join(others[1:]), last) if part)
+    return f"does not hold for {listed}: " if listed else "holds: "
 
 
 def names() -> list[str]:

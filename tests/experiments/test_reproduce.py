@@ -342,6 +342,7 @@ def test_answers_begin_with_what_does_not_hold():
     def begins(answer, what):
         return answer.startswith(f"does not hold for {what}: " if what else "holds: ")
 
+    assert results.verdict(["a", "b", "c"]) == "does not hold for a, b and c: "
     for right, without, what in [
         (96.0, 49.0, ""),
         (94.0, 49.0, "M (under 95 % right)"),
