@@ -7,6 +7,7 @@ timed, then decodes to that context, a call a token, the state donated.
 
 import dataclasses
 import functools
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
 WARM = 8  # tokens before those that are timed
-ROUNDS = 3  # of such rows, for each seed
+WINDOW, ROUNDS = 0.5, 3  # seconds that rows are repeated for, and how often, for each seed
 COLUMNS = ["mixer", "context (tokens)", "time (ms/token)", "spread (ms/token)", "state (kB)"]
 
 
@@ -40,18 +41,24 @@ class Decoder:
     """Compiled: (variables, tokens, state) -> (next tokens, state); the state is donated."""
 
     def seconds(self, token: Any, state: Any, steps: int) -> float:
-        """Of a token, in a row of `steps` from this state, which stays.
+        """Of a token: the median of rows of `steps` from this state, which stays.
 
         WARM tokens before them are not timed: they pay for what ran before, in caches and memory.
         """
-        begun = 0.0
-        for count in (min(WARM, steps), steps):
-            each, after = token, jax.block_until_ready(jax.tree.map(jnp.copy, state))
-            begun = time.perf_counter()
-            for _ in range(count):
-                each, after = self.step(self.variables, each, after)
-            jax.block_until_ready((each, after))
-        return (time.perf_counter() - begun) / steps
+        self.row(token, state, min(WARM, steps))
+        spent = [self.row(token, state, steps)]
+        while sum(spent) < WINDOW:
+            spent.append(self.row(token, state, steps))
+        return statistics.median(spent) / steps
+
+    def row(self, token: Any, state: Any, steps: int) -> float:
+        """Of a row of tokens."""
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        begun = time.perf_counter()
+        for _ in range(steps):
+            token, state = self.step(self.variables, token, state)
+        jax.block_until_ready((token, state))
+        return time.perf_counter() - begun
 
 
 def decoder(config: LMConfig) -> tuple[LM, Decoder]:
@@ -114,7 +121,7 @@ def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ..
                     token, state = read(decoder, tokens, model.init_state(1, context), steps)
                     size = sum(x.nbytes for x in jax.tree.leaves(state))
                     kilobytes[mixer, context] = size / 1e3
-                    decoder.seconds(token, state, 2)  # compiles
+                    decoder.row(token, state, 2)  # compiles
                     call = functools.partial(decoder.seconds, token, state, steps)
                     calls[mixer, context] = call
                 bar.update()
@@ -150,8 +157,8 @@ def notes(rows, width, depth, steps) -> list[str]:
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
         f"random weights. The last {steps} tokens of the context are timed, after {WARM} that are "
-        f"not, of each seed the median of {ROUNDS} such rows; all mixers and contexts take turns. "
-        "Each call has what it costs to begin one.",
+        f"not, again and again for {WINDOW} s; of each seed the median of {ROUNDS} such times, for "
+        "which all mixers and contexts take turns. Each call has what it costs to begin one.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]

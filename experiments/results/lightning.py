@@ -2,9 +2,9 @@
 
 So has RetNet's chunkwise form (arXiv:2307.08621): its decays and Lightning's are two values of one
 argument of one program. Three ways to y_t = sum_{s<=t} exp((t - s) log_decay) (q_t . k_s) v_s with
-a constant decay a head, on as many tokens a run at every length that is not longer than that: by
-chunks; by the states of all tokens, an associative scan over T K V numbers a head; by the whole
-matrix of T T scores a head.
+a constant decay a head, on as many tokens a run at every length: by chunks; by the states of all
+tokens, an associative scan over T K V numbers a head; by the whole matrix of T T scores a head. The
+two that need the most memory have fewer tokens, or one row of a longer length.
 """
 
 import functools
@@ -22,7 +22,7 @@ from ..trained import mean_and_spread
 from . import FLAT, Experiment, Measured, Setting, verdict
 
 LENGTHS = [2**n for n in range(8, 17)]
-TOKENS, HEADS, WIDTH = 4096, 2, 64
+HEADS, WIDTH = 2, 64
 ROUNDS, MOST = 3, 4e9  # timed runs of each for each seed, and bytes of a program that is run
 COLUMNS = [
     "form",
@@ -31,8 +31,8 @@ COLUMNS = [
     "forward (tokens/s)",
     "forward and backward (tokens/s)",
     "spread (%)",
-    "forward (MB)",
-    "forward and backward (MB)",
+    "forward (kB/token)",
+    "forward and backward (kB/token)",
 ]
 
 
@@ -60,6 +60,7 @@ FORMS = {
     "states of all tokens": (states, RETNET),
     "whole matrix": (matrix, RETNET),
 }
+TOKENS = {chunkwise: LENGTHS[-1], states: 4096, matrix: 4096}  # of a run
 
 
 def inputs(seed, rows, length, decays):
@@ -92,7 +93,7 @@ def size(program):
 
 
 def run(setting: Setting) -> Measured:
-    lengths, tokens = ([32], 64) if setting.small else (LENGTHS, TOKENS)
+    lengths, tokens = (LENGTHS, TOKENS) if not setting.small else ([32], dict.fromkeys(TOKENS, 64))
     bar = tqdm.tqdm(lengths, desc="lightning: lengths")
     with timing.one_core():
         found = [row for length in bar for row in at(length, tokens, setting.seeds)]
@@ -100,13 +101,12 @@ def run(setting: Setting) -> Measured:
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes(rows, tokens)}
 
 
-def at(length: int, tokens: int, seeds: tuple[int, ...]) -> list[list]:
+def at(length: int, tokens: dict, seeds: tuple[int, ...]) -> list[list]:
     """A row a form: means over the seeds, of each the median of runs that take turns."""
-    rows = max(1, tokens // length)
-    arguments = inputs(0, rows, length, RETNET)
+    rows = {form: max(1, tokens[form] // length) for form in tokens}
     programs = {
-        (form, way): timing.compiled(way(form), arguments)
-        for form in (chunkwise, states, matrix)
+        (form, way): timing.compiled(way(form), inputs(0, rows[form], length, RETNET))
+        for form in tokens
         for way in WAYS
     }
     bytes_ = {each: size(program) for each, program in programs.items()}
@@ -114,13 +114,14 @@ def at(length: int, tokens: int, seeds: tuple[int, ...]) -> list[list]:
     for seed in seeds:
         calls = {}
         for name, (form, decays) in FORMS.items():
-            arguments = inputs(seed, rows, length, decays)
+            arguments = inputs(seed, rows[form], length, decays)
             for way in WAYS:
                 if bytes_[form, way] <= MOST:
                     call = functools.partial(programs[form, way], *arguments)
                     calls[name, way] = functools.partial(timing.seconds, call)
         for each, milliseconds in timing.medians(calls, range(ROUNDS)).items():
-            speeds.setdefault(each, []).append(1e3 * rows * length / milliseconds)
+            total = rows[FORMS[each[0]][0]] * length
+            speeds.setdefault(each, []).append(1e3 * total / milliseconds)
     found = []
     for name, (form, _) in FORMS.items():
         means, spread = [], None
@@ -130,8 +131,8 @@ def at(length: int, tokens: int, seeds: tuple[int, ...]) -> list[list]:
                 mean, deviation = mean_and_spread(speeds[name, way])
                 spread = deviation and 100 * deviation / mean
             means.append(mean)
-        megabytes = [bytes_[form, way] / 1e6 for way in WAYS]
-        found.append([name, length, rows, *means, spread, *megabytes])
+        kilobytes = [bytes_[form, way] / 1e3 / (rows[form] * length) for way in WAYS]
+        found.append([name, length, rows[form], *means, spread, *kilobytes])
     return found
 
 
@@ -156,9 +157,10 @@ def notes(rows, tokens) -> list[str]:
     """How it was measured, and where another form is faster."""
     forms = by_form(rows)
     said = [
-        f"{HEADS} heads of {WIDTH} keys and {WIDTH} values, float32; {tokens:,} tokens a run, or "
-        f"one row of a longer length, which leaves the caches; of each seed the median of {ROUNDS} "
-        "runs in turn. The spread is that of forward and backward where that was run.",
+        f"{HEADS} heads of {WIDTH} keys and {WIDTH} values, float32; {tokens[chunkwise]:,} tokens "
+        f"a run by chunks, else {tokens[matrix]:,}, or one row of a longer length; of each seed "
+        f"the median of {ROUNDS} runs in turn. The spread is that of forward and backward where "
+        "that was run.",
         "Memory is what the compiler counts of the program: arguments, outputs and temporaries. "
         f"What counts more than {MOST / 1e9:.0f} GB was compiled and not run.",
     ]
@@ -188,13 +190,12 @@ def draw(measured: Measured, path: Path) -> None:
             for name, rows in forms.items()
         }
 
-    tokens = measured["rows"][0][1] * measured["rows"][0][2]
-    length = f"length of a row (tokens; {tokens:,} a run, or one row)"
+    length = "length of a row (tokens)"
     speed = panels.Panel(
         "speed, forward and backward", length, "tokens per second", lines(4, True), "xy"
     )
     memory = panels.Panel(
-        "memory, forward and backward (compiled)", length, "megabytes", lines(7, False), "xy"
+        "memory, forward and backward (compiled)", length, "kB per token", lines(7, False), "xy"
     )
     panels.draw(path, [speed, memory])
 
