@@ -61,7 +61,13 @@ def fitting(state: dict[str, Array], expected: dict[str, Any]) -> dict[str, Arra
     """A block's state with a cache of the size that is expected here."""
     if "k" not in state or state["k"].shape == expected["k"].shape:
         return state
-    return cache.resized(state, expected["k"].shape[1])
+    (rows, heads, _, width), found = expected["k"].shape, state["k"].shape
+    if found != (rows, heads, found[2], width):
+        raise ValueError(
+            f"a cache of shape {found}, not ({rows}, {heads}, tokens, {width}): it was saved by "
+            "another version of scanax; read the text again"
+        )
+    return cache.resized(state, expected["k"].shape[2])
 
 
 def empty(generator: Generator, rows: int, room: int) -> Context:

@@ -53,6 +53,13 @@ def seconds(call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_unti
     return (time.perf_counter() - begun) / row
 
 
+def rounds(count: int, bar: Any) -> Iterator[int]:
+    """Numbers of rounds, each of which moves a progress bar when it is over."""
+    for i in range(count):
+        yield i
+        bar.update()
+
+
 def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dict[Any, float]:
     """Median milliseconds; in each round every call says its seconds once, so all drift alike."""
     spent: dict[Any, list[float]] = {name: [] for name in calls}

@@ -235,13 +235,7 @@ def row(case: Case, name: str, config: Tune, file: Path, written: set[str]) -> I
             except Exception as error:  # the implementation's or a compiler's, of any kind
                 refused.append(f"{key}: {size} is passed over: {reason(error)}")
             bar.update()
-
-        def rounds():
-            for i in range(config.repeats):
-                yield i
-                bar.update()
-
-        times = timing.medians(calls, rounds())
+        times = timing.medians(calls, timing.rounds(config.repeats, bar))
     yield from refused
     if not times:
         yield f"{key}: it takes none of {', '.join(map(str, sizes))}"

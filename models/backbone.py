@@ -111,8 +111,10 @@ class Backbone(nnx.Module):
         return x, after, aux
 
     def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
-        """Scan over the layers of one run."""
+        """Scan over the layers of one run; of a single token one after the other, for a scan would
+        copy each layer's state into its place and back."""
         length = jax.tree.leaves(block)[0].shape[0]
+        unrolled = length == 1 or (state is not None and x.shape[1] == 1)
 
         def body(x, layer):
             (variables, key), state = layer
@@ -123,10 +125,13 @@ class Backbone(nnx.Module):
 
         if self.config.remat != "none" and self.config.pipeline == (1, 1):
             # the scan already keeps the recomputation from being merged with the first one
-            body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=length == 1)
-        if length == 1:
-            x, rest = body(x, _layer((block, state), 0))
-            return x, *jax.tree.map(lambda a: a[None], rest)
+            body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=unrolled)
+        if unrolled:
+            rest = []
+            for i in range(length):
+                x, one = body(x, _layer((block, state), i))
+                rest.append(one)
+            return x, *_stack(rest)
         x, (after, aux) = jax.lax.scan(body, x, (block, state))
         return x, after, aux
 

@@ -63,7 +63,7 @@ RULES = (
     (r"(input|output)\.bias|class_token", EVERYWHERE),
 )
 STATES = (  # of every mixer, by what it calls its parts
-    (r"k|v", P(ROWS, "seq", "tensor")),
+    (r"k|v", P(ROWS, "tensor", "seq")),
     (r"S|m|u|w", P(ROWS, "tensor")),
     (r"conv(_[qkv])?|[xBC]_conv", P(ROWS, None, "tensor")),
     (r"re|im", P(ROWS, None, None, "tensor")),

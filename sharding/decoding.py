@@ -50,20 +50,20 @@ def over_cache(
             if time > 1:
                 q, k, v, start = gathered((q, k, v, start), "seq")
         rings, read, index = cache.extend(rings | {"length": length}, k, v, device, devices)
-        k, v = (x.astype(q.dtype) for x in (read["k"], read["v"]))
+        k, v = (read[name].astype(q.dtype).swapaxes(1, 2) for name in ("k", "v"))
         where = {"q_index": every, "q_start": start, "kv_index": index, "window": window}
         return _attend(q, k, v, tensor is None, spread, **where), rings
 
     if mesh.several():
         mesh.check(q.shape[0], time, q.shape[2])
-        mesh.divide("cache", rings["k"].shape[1], "seq")
+        mesh.divide("cache", rings["k"].shape[2], "seq")
         whole, by_head = lying(time)
-        ring = P(mesh.ROWS, "seq", tensor)
+        ring = P(mesh.ROWS, tensor, "seq")
         new = P(*whole, tensor)
         local = manual(local, (by_head, new, new, ring, ROW, whole), (by_head, ring))
     y, rings = local(q, k, v, rings, length, start)
     first = start if window is None else jnp.maximum(start, number - window + 1)
-    gone = first < cache.oldest(length, time, state["k"].shape[1])[:, None]
+    gone = first < cache.oldest(length, time, state["k"].shape[2])[:, None]
     return jnp.where(gone[..., None, None], jnp.nan, y), rings
 
 

@@ -111,7 +111,8 @@ def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ..
     All contexts take turns, so that a core that slows down slows all.
     """
     times, kilobytes = {}, {}
-    with tqdm.tqdm(total=len(seeds) * (len(contexts) + 1), desc="decode: contexts") as bar:
+    whole = len(seeds) * (len(contexts) + ROUNDS)
+    with tqdm.tqdm(total=whole, desc="decode: contexts read, then rounds of all") as bar:
         for seed in seeds:
             calls = {}
             for context in contexts:
@@ -125,9 +126,8 @@ def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ..
                     call = functools.partial(decoder.seconds, token, state, steps)
                     calls[mixer, context] = call
                 bar.update()
-            for each, milliseconds in timing.medians(calls, range(ROUNDS)).items():
+            for each, milliseconds in timing.medians(calls, timing.rounds(ROUNDS, bar)).items():
                 times.setdefault(each, []).append(milliseconds)
-            bar.update()
     return {each: (*mean_and_spread(times[each]), kilobytes[each]) for each in times}
 
 

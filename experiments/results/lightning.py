@@ -8,6 +8,7 @@ two that need the most memory have fewer tokens, or one row of a longer length.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from . import FLAT, Experiment, Measured, Setting, verdict
 
 LENGTHS = [2**n for n in range(8, 17)]
 HEADS, WIDTH = 2, 64
-ROUNDS, MOST = 3, 4e9  # timed runs of each for each seed, and bytes of a program that is run
+ROUNDS, MOST = 3, 1e9  # timed runs of each for each seed, and bytes of a program that is run
 COLUMNS = [
     "form",
     "length (tokens)",
@@ -94,45 +95,46 @@ def size(program):
 
 def run(setting: Setting) -> Measured:
     lengths, tokens = (LENGTHS, TOKENS) if not setting.small else ([32], dict.fromkeys(TOKENS, 64))
-    bar = tqdm.tqdm(lengths, desc="lightning: lengths")
     with timing.one_core():
-        found = [row for length in bar for row in at(length, tokens, setting.seeds)]
-    rows = sorted(found, key=lambda row: list(FORMS).index(row[0]))
+        rows = measured(lengths, tokens, setting.seeds)
     return {"columns": COLUMNS, "rows": rows, "found": answer(rows), "notes": notes(rows, tokens)}
 
 
-def at(length: int, tokens: dict, seeds: tuple[int, ...]) -> list[list]:
-    """A row a form: means over the seeds, of each the median of runs that take turns."""
-    rows = {form: max(1, tokens[form] // length) for form in tokens}
+def measured(lengths: list[int], tokens: dict, seeds: tuple[int, ...]) -> list[list]:
+    """A row a form and length: means over the seeds, of each the median of runs.
+
+    All lengths take turns, so that a core that slows down slows all.
+    """
+    rows = {(form, length): max(1, tokens[form] // length) for form in tokens for length in lengths}
     programs = {
-        (form, way): timing.compiled(way(form), inputs(0, rows[form], length, RETNET))
-        for form in tokens
+        (form, length, way): timing.compiled(way(form), inputs(0, number, length, RETNET))
+        for (form, length), number in tqdm.tqdm(rows.items(), desc="lightning: compiled")
         for way in WAYS
     }
     bytes_ = {each: size(program) for each, program in programs.items()}
     speeds = {}
-    for seed in seeds:
-        calls = {}
-        for name, (form, decays) in FORMS.items():
-            arguments = inputs(seed, rows[form], length, decays)
-            for way in WAYS:
-                if bytes_[form, way] <= MOST:
-                    call = functools.partial(programs[form, way], *arguments)
-                    calls[name, way] = functools.partial(timing.seconds, call)
-        for each, milliseconds in timing.medians(calls, range(ROUNDS)).items():
-            total = rows[FORMS[each[0]][0]] * length
-            speeds.setdefault(each, []).append(1e3 * total / milliseconds)
+    with tqdm.tqdm(total=len(seeds) * ROUNDS, desc="lightning: rounds of all lengths") as bar:
+        for seed in seeds:
+            calls = {}
+            for (name, (form, decays)), length in itertools.product(FORMS.items(), lengths):
+                arguments = inputs(seed, rows[form, length], length, decays)
+                for way in WAYS:
+                    if bytes_[form, length, way] <= MOST:
+                        call = functools.partial(programs[form, length, way], *arguments)
+                        calls[name, length, way] = functools.partial(timing.seconds, call)
+            for each, milliseconds in timing.medians(calls, timing.rounds(ROUNDS, bar)).items():
+                speeds.setdefault(each, []).append(1e3 / milliseconds)
     found = []
-    for name, (form, _) in FORMS.items():
-        means, spread = [], None
+    for (name, (form, _)), length in itertools.product(FORMS.items(), lengths):
+        means, spread, total = [], None, rows[form, length] * length
         for way in WAYS:
             mean, deviation = None, None
-            if (name, way) in speeds:
-                mean, deviation = mean_and_spread(speeds[name, way])
+            if (name, length, way) in speeds:
+                mean, deviation = mean_and_spread(total * x for x in speeds[name, length, way])
                 spread = deviation and 100 * deviation / mean
             means.append(mean)
-        kilobytes = [bytes_[form, way] / 1e3 / (rows[form] * length) for way in WAYS]
-        found.append([name, length, rows[form], *means, spread, *kilobytes])
+        kilobytes = [bytes_[form, length, way] / 1e3 / total for way in WAYS]
+        found.append([name, length, rows[form, length], *means, spread, *kilobytes])
     return found
 
 
@@ -159,8 +161,8 @@ def notes(rows, tokens) -> list[str]:
     said = [
         f"{HEADS} heads of {WIDTH} keys and {WIDTH} values, float32; {tokens[chunkwise]:,} tokens "
         f"a run by chunks, else {tokens[matrix]:,}, or one row of a longer length; of each seed "
-        f"the median of {ROUNDS} runs in turn. The spread is that of forward and backward where "
-        "that was run.",
+        f"the median of {ROUNDS} runs, for which all lengths take turns. The spread is that of "
+        "forward and backward where that was run.",
         "Memory is what the compiler counts of the program: arguments, outputs and temporaries. "
         f"What counts more than {MOST / 1e9:.0f} GB was compiled and not run.",
     ]

@@ -7,6 +7,7 @@ keeps. The class after each row of patches is the recurrent form's.
 
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -58,15 +59,14 @@ def run(setting: Setting) -> Measured:
     runs = setting.ended({name: given(name, setting.small) for name in MODELS})
     sides, tokens = ([4], 16) if setting.small else (SIDES, TOKENS)
     with timing.one_core():
-        bar = tqdm.tqdm(sides, desc="vision: sizes of images", disable=None)
-        speeds = {side: at(side, tokens, setting) for side in bar}
+        speeds = measured(sides, tokens, setting)
     rows, exits = [], {}
     for name, ended in runs.items():
         right = mean_and_spread(100 * each.found["heldout"]["accuracy"] for each in ended)
         learned = *right, ended[0].final["parameters"]
         for side in sides:
             trained = learned if side == sides[0] else (None, None, None)
-            rows.append([name, side**2, *trained, *speeds[side][name]])
+            rows.append([name, side**2, *trained, *speeds[name, side]])
         curves = [each.found.get("early_exit", ()) for each in ended]
         if all(curves):
             exits[name] = averaged(
@@ -81,11 +81,14 @@ def run(setting: Setting) -> Measured:
     }
 
 
-def at(side: int, tokens: int, setting: Setting) -> dict[str, list]:
-    """By model: speeds forward and in training, their spread, megabytes of each, kB of a state."""
-    rows = max(1, tokens // side**2)
-    programs, found, states = {}, {name: [] for name in MODELS}, {}
-    for name in MODELS:
+def measured(sides: list[int], tokens: int, setting: Setting) -> dict[tuple[str, int], list]:
+    """By model and side: speeds forward and in training, spread, megabytes of each, kB of a state.
+
+    All sides take turns, so that a core that slows down slows all.
+    """
+    programs, states = {}, {}
+    for side, name in itertools.product(tqdm.tqdm(sides, desc="vision: compiled"), MODELS):
+        rows = max(1, tokens // side**2)
         small = config(name, setting.small)
         sized = dataclasses.replace(small, image=(side * small.patch,) * 2)
         graphdef, params, rest = split(Vision(sized, rngs=nnx.Rngs(0)))
@@ -101,27 +104,24 @@ def at(side: int, tokens: int, setting: Setting) -> dict[str, list]:
 
         for way in (forward, training):
             program = timing.compiled(way, (params, x))
-            programs[name, way.__name__] = program, params
-        states[name] = kilobytes(sized) if sized.streams else None
-    for seed in setting.seeds:
-        x = jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
-        calls = {
-            each: functools.partial(timing.seconds, functools.partial(program, params, x))
-            for each, (program, params) in programs.items()
-        }
-        for (name, way), spent in timing.medians(calls, range(ROUNDS)).items():
-            found[name].append((way, 1e3 * rows / spent))
+            programs[name, side, way.__name__] = program, params, x
+        states[name, side] = kilobytes(sized) if sized.streams else None
+    found = {each: [] for each in programs}
+    with tqdm.tqdm(total=len(setting.seeds) * ROUNDS, desc="vision: rounds of all sizes") as bar:
+        for seed in setting.seeds:
+            calls = {}
+            for each, (program, params, x) in programs.items():
+                x = jax.random.normal(jax.random.key(seed), x.shape, x.dtype)
+                call = functools.partial(program, params, x)
+                calls[each] = functools.partial(timing.seconds, call)
+            for each, spent in timing.medians(calls, timing.rounds(ROUNDS, bar)).items():
+                found[each].append(1e3 * len(programs[each][2]) / spent)
     result = {}
-    for name in MODELS:
-        speeds = [
-            mean_and_spread(speed for way, speed in found[name] if way == wanted)
-            for wanted in ("forward", "training")
-        ]
-        memory = [
-            programs[name, way][0].memory_analysis().temp_size_in_bytes / 1e6
-            for way in ("forward", "training")
-        ]
-        result[name] = [speeds[0][0], *speeds[1], *memory, states[name]]
+    for name, side in states:
+        ways = [(name, side, way) for way in ("forward", "training")]
+        speeds = [mean_and_spread(found[each]) for each in ways]
+        memory = [programs[each][0].memory_analysis().temp_size_in_bytes / 1e6 for each in ways]
+        result[name, side] = [speeds[0][0], *speeds[1], *memory, states[name, side]]
     return result
 
 
@@ -158,10 +158,10 @@ def notes(exits: dict[str, list], tokens: int) -> list[str]:
         "all four, were chosen with the accuracy of seed 0 on the test images in sight, so the "
         "levels are optimistic.",
         f"Speeds are of untrained models of the same widths on {tokens:,} patches a run, medians "
-        f"of {ROUNDS} in turn; training is the forward and backward pass. Memory is the "
-        "temporaries that the compiler counts of the same programs: as every run has as many "
-        "patches, and attention's scores are made by blocks, it does not grow with the image. The "
-        "state is of one image, read patch by patch.",
+        f"of {ROUNDS} for which all sizes take turns; training is the forward and backward pass. "
+        "Memory is the temporaries that the compiler counts of the same programs: as every run has "
+        "as many patches, and attention's scores are made by blocks, it does not grow with the "
+        "image. The state is of one image, read patch by patch.",
     ]
     for name, points in exits.items():
         below = [i for i, (_, right, _) in enumerate(points) if right < points[-1][1] - 1]

@@ -167,9 +167,9 @@ def _kernel(device, factor, groups, sizes, *refs):
             def _():
                 pl.when(n >= stages)(lambda: gpu.barrier_wait(freed.at[stages * part + slot]))
                 tokens, ready = pl.ds(tile * TILE, TILE), filled.at[stages * part + slot]
-                gpu.copy_gmem_to_smem(k.at[row, tokens, group], k_ring.at[part, slot], ready)
+                gpu.copy_gmem_to_smem(k.at[row, group, tokens], k_ring.at[part, slot], ready)
                 gpu.copy_gmem_to_smem(index.at[row, tokens], i_ring.at[part, slot], ready)
-                gpu.copy_gmem_to_smem(v.at[row, tokens, group], v_ring.at[part, slot], ready)
+                gpu.copy_gmem_to_smem(v.at[row, group, tokens], v_ring.at[part, slot], ready)
 
             return turn + starts.astype(jnp.int32)
 
@@ -199,6 +199,7 @@ def workers(K, V):
 def attention(device, scale, dtype, q, k, v, first, last, kv_index):
     """y (B, 1, H, V) and lse (B, 1, H) of queries (B, 1, H, K)."""
     (batch, _, heads, K), (source, groups), V = q.shape, k.shape[1:3], v.shape[3]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache lies
     ratio, (parts, stages) = heads // groups, workers(K, V)
     height = -(-ratio // 8) * 8
     index = tiles.cut(kv_index, TILE, -1)
@@ -209,7 +210,7 @@ def attention(device, scale, dtype, q, k, v, first, last, kv_index):
     slots = plan.used.shape[0]
 
     def whole(x):  # a cache is a multiple of 64 long, or is copied
-        return jnp.pad(x, [(0, 0), (0, -source % TILE), (0, 0), (0, 0)])
+        return jnp.pad(x, [(0, 0), (0, 0), (0, -source % TILE), (0, 0)])
 
     rows = rearrange(q, "b 1 (g r) k -> (b g) r k", g=groups)
     rows = jnp.pad(rows, [(0, 0), (0, ROWS - ratio), (0, 0)])

@@ -1,9 +1,9 @@
 """One query a row against a cache, for TPUs: the cache is read once, as it lies.
 
-Keys (B, S, G, K) are read as (B, S G, K), so that no head's are moved: all heads of a row meet all
-keys of a tile, and a mask keeps each to its group. The extra products are free, for the matrix unit
-takes as long for the few heads of one group. A worker is a TPU core; `decode` deals the tiles.
-The bytes are the cache's, the least there is, unless XLA pads it first (docs/kernels.md).
+A tile has some keys of every group: all heads of a row meet all of them, and a mask keeps each to
+its group. The extra products are free, for the matrix unit takes as long for the few heads of one
+group. A worker is a TPU core; `decode` deals the tiles. The bytes are the cache's, the least there
+is, unless XLA pads it first (docs/kernels.md).
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import repeat
 
 from .. import pallas, tuned
 from ..monoid import LOWEST
@@ -74,7 +74,7 @@ def _kernel(scale, exact, output, steps, first, last, *refs):
     @pl.when(steps[at] & LIVE > 0)
     def _():
         row = output[at]
-        keys = Keys(k, v, index)
+        keys = Keys(*(x[...].reshape(-1, x.shape[-1]) for x in (k, v)), index)
         see = (first[row] <= keys.index) & (keys.index <= last[row]) & (keys.index >= 0)
         see &= group[...] == groups[...]
         s = jnp.where(see, scale * dot(q[...], keys.as_nan, "hk,sk->hs", exact), LOWEST)
@@ -99,8 +99,8 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
     most, workers = index.shape[0], CORES.get(device.kind, 1)
     plan = decode.partition(low[:, 0], high[:, 0], workers, most)
 
-    index = repeat(index, "n b s -> b n 1 (s g)", g=groups)
-    group = np.tile(np.arange(groups, dtype=np.int32), size)[None]
+    index = repeat(index, "n b s -> b n 1 (g s)", g=groups)
+    group = np.repeat(np.arange(groups, dtype=np.int32), size)[None]
     mine = np.repeat(np.arange(groups, dtype=np.int32), heads // groups)[:, None]
 
     count = np.int32(plan.output.shape[1])
@@ -109,7 +109,11 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
         return output[w * count + s], 0, 0
 
     def keys(w, s, output, steps, *_):
-        return output[w * count + s], jax.lax.div(steps[w * count + s], np.int32(TILES)), 0
+        return output[w * count + s], 0, jax.lax.div(steps[w * count + s], np.int32(TILES)), 0
+
+    def index_of(*at):
+        row, _, tile, _ = keys(*at)
+        return row, tile, 0, 0
 
     def part(w, s, output, *_):
         return output[w * count + s] + w, 0, 0
@@ -127,9 +131,9 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
             grid=plan.output.shape,
             in_specs=[
                 pl.BlockSpec((None, heads, K), row),
-                pl.BlockSpec((None, span, K), keys),
-                pl.BlockSpec((None, span, V), keys),
-                pl.BlockSpec((None, None, 1, span), lambda *at: (*keys(*at), 0)),
+                pl.BlockSpec((None, groups, size, K), keys),
+                pl.BlockSpec((None, groups, size, V), keys),
+                pl.BlockSpec((None, None, 1, span), index_of),
                 pl.BlockSpec((1, span), whole),
                 pl.BlockSpec((heads, 1), whole),
             ],
@@ -140,7 +144,7 @@ def attention(device, scale, block, dtype, q, k, v, first, last, kv_index):
     steps = plan.tile * TILES + jnp.where(plan.live, LIVE, 0) + jnp.where(plan.starts, STARTS, 0)
     tables = plan.output.ravel(), steps.ravel().astype(jnp.int32), first, last
     # The last tile may reach past the end: what is there has no index, so that nobody sees it.
-    k, v = (rearrange(x, "b s g k -> b (s g) k") for x in (k, v))
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache lies
     m, u, w = call(*tables, q[:, 0], k, v, index, group, mine)
     m, u, w = decode.merge(plan, (m[..., 0], u[..., 0], w))
     y = jnp.where(u[..., None] == 0, 0, w / u[..., None])

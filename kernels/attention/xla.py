@@ -16,14 +16,19 @@ from einops import rearrange
 
 from .. import tuned
 from ..monoid import LOWEST
-from . import tiles
+from . import decode_xla, tiles
 
 BLOCK = 128  # on one CPU core at T=2048, K=V=64 as fast as 256, and closer to a window's edges
 
 
 def attention(q, k, v, first, last, kv_index, scale, block, dtype):
     """Key s is seen by query t iff first_t <= kv_index_s <= last_t. Saves y and lse, O(T)."""
-    block = block or tuned.size("attention", "xla", BLOCK, **tiles.features(q, v))
+    about = tiles.features(q, v)
+    if q.shape[1] == 1:
+        about = {"G": k.shape[2]} | about
+        block = block or tuned.size("decode", "xla", decode_xla.BLOCK, **about)
+    else:
+        block = block or tuned.size("attention", "xla", BLOCK, **about)
     return _attention(q, k, v, first, last, kv_index, scale, block, dtype)
 
 
@@ -33,6 +38,12 @@ def _attention(q, k, v, first, last, kv_index, scale, block, dtype):
 
 
 def _forward(q, k, v, first, last, kv_index, scale, block, dtype):
+    run = partial(decode_xla.attention, _tiled) if q.shape[1] == 1 else _tiled
+    out = run(q, k, v, first, last, kv_index, scale, block, dtype)
+    return out, (q, k, v, first, last, kv_index, *out)
+
+
+def _tiled(q, k, v, first, last, kv_index, scale, block, dtype):
     sizes = _sizes(q, k, block)
     exact = jnp.promote_types(jnp.float32, q.dtype)
     keys, extent = _keys(k, v, kv_index, sizes[1])
@@ -59,8 +70,7 @@ def _forward(q, k, v, first, last, kv_index, scale, block, dtype):
         return jnp.where(u[..., None] == 0, 0, w / u[..., None]), m + jnp.log(u)
 
     y, lse = jax.lax.map(row, (_heads(q, k.shape[2], sizes[0]), *interval))
-    y, lse = _join(y, q.shape[1]).astype(dtype), _join(lse, q.shape[1])
-    return (y, lse), (q, k, v, first, last, kv_index, y, lse)
+    return _join(y, q.shape[1]).astype(dtype), _join(lse, q.shape[1])
 
 
 def _backward(scale, block, dtype, residuals, cotangents):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -247,6 +248,14 @@ def test_both_scripts_and_a_state_between_them(runs, tmp_path, capsys):
     assert generate.main([*fresh, "20"]) == 0
     whole = capsys.readouterr().out
     assert first == "a\u00e9\n" and len(second) > 4 and first[:-1] + second == whole
+
+
+def test_a_cache_of_another_layout_is_said():
+    expected = {"k": jnp.zeros((1, 2, 9, 4))}
+    with pytest.raises(
+        ValueError, match=r"\(1, 9, 2, 4\), not \(1, 2, tokens, 4\).*another version"
+    ):
+        saved_state.fitting({"k": jnp.zeros((1, 9, 2, 4))}, expected)
 
 
 def call(args, folder):

@@ -146,8 +146,8 @@ def test_every_device_has_its_part(generators):
     kernel = params["blocks"][0]["mlp"]["down"]["kernel"]
     assert {s.data.size for s in kernel.addressable_shards} == {kernel.size // 2}
     ring = context.state[2]["k"]
-    assert ring.shape == (4, 22, 2, 4)
-    assert {s.data.shape for s in ring.addressable_shards} == {(2, 11, 1, 4)}
+    assert ring.shape == (4, 2, 22, 4)
+    assert {s.data.shape for s in ring.addressable_shards} == {(2, 1, 11, 4)}
     S = context.state[0]["S"]
     assert S.shape == (4, 4, 2, 4)
     assert {s.data.shape for s in S.addressable_shards} == {(2, 2, 2, 4)}

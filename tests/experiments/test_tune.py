@@ -78,8 +78,9 @@ def test_a_kernel_for_tpus_is_tuned(file, capsys):
     with dispatch.on(INTERPRETED):
         assert tune.main([*TINY, "--ops", "decode"]) == 0
         written = json.loads(file.read_text())
-        assert looked_up("decode", "pallas_tpu") == written
-    assert written == {"decode | pallas_tpu | TPU v5 lite | G=2 K=8 V=8 dtype=float32": 256}
+        assert looked_up("decode", "pallas_tpu") | looked_up("decode") == written
+    about = "TPU v5 lite | G=2 K=8 V=8 dtype=float32"
+    assert written == {f"decode | pallas_tpu | {about}": 256, f"decode | xla | {about}": 1024}
 
 
 @pytest.mark.parametrize("size", [1, 3, 48, 10**6])
@@ -231,12 +232,23 @@ def test_a_size_that_is_refused_is_passed_over(file, clock, monkeypatch, capsys)
 
 
 def test_implementations_that_do_not_run_here_are_said(file, capsys):
-    """Once each; and decoding by XLA has no size but attention's."""
+    """Once each, for all widths."""
     assert tune.main([*TINY, "--ops", "decode", "--widths", "8", "16"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line for line in lines if not line.startswith("decode | xla")] == [
         "decode pallas_gpu: it runs on Hopper GPUs (H100, H200), and this is cpu",
         "decode pallas_tpu: it runs on TPUs, and this is cpu",
-        "decode xla: passed over, since it looks up no sizes of its own",
+        f"written to {file}",
+    ]
+
+
+def test_a_call_without_sizes_is_passed_over(file, monkeypatch, capsys):
+    module = sys.modules[linear_attention.__module__]
+    run = dispatch.Implementation(lambda q, k, v, log_decay, state, *_: (v, state))
+    monkeypatch.setattr(module, "IMPLEMENTATIONS", {"xla": run})
+    assert tune.main([*TINY, "--ops", "linear_attention"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "linear_attention xla: passed over, since it looks up no sizes of its own",
         "nothing was written",
     ]
     assert not file.exists()

@@ -79,6 +79,42 @@ def test_merged_partials_are_the_softmax(workers):
         close(top[o] + np.log(mass[o]), np.log(weights.sum()), 1e-5)
 
 
+@pytest.mark.parametrize("block", [None, 16, 83, 200])
+@pytest.mark.parametrize("spoiled", ["nothing", "hidden", "seen"])
+def test_plain_xla(block, spoiled):
+    """A last block that begins within the one before, rows of unequal lengths, slots not held."""
+    rng, (batch, source, groups) = np.random.default_rng(0), (4, 83, 2)
+    q, k, v = (
+        rng.normal(size=size).astype(np.float32)
+        for size in ((batch, 1, 4, 16), (batch, source, groups, 16), (batch, source, groups, 8))
+    )
+    q_index = np.asarray([[5], [82], [40], [82]], np.int32)
+    q_start = np.maximum(q_index - 50, 0)
+    held = np.where(rng.random((batch, source)) < 0.3, -1, np.arange(source)).astype(np.int32)
+    held[2] = -1
+    sees = (held >= q_start) & (held <= q_index)
+
+    def run(implementation, block, q, k, v):
+        where = {"q_index": q_index, "q_start": q_start, "kv_index": held}
+        how = {"return_lse": True, "implementation": implementation, "block": block}
+        return attention(q, k, v, **jax.tree.map(jnp.asarray, where), **how)
+
+    y, lse = map(np.array, jax.jit(partial(run, "reference", None))(q, k, v))
+    assert np.isneginf(lse[2]).all() and not y[2].any()
+    for row in range(batch) if spoiled != "nothing" else ():
+        (slots,) = np.nonzero(sees[row] == (spoiled == "seen"))
+        k[row, slots[:1], 0, 3], v[row, slots[-1:], 0, 3] = np.inf, np.nan
+    ours = jax.jit(partial(run, "xla", block))(q, k, v)
+    nan = np.zeros((batch, 1, 4), bool)
+    nan[[0, 1, 3], :, :2] = spoiled == "seen"  # the heads that read what is not finite
+    for got, wanted in zip(ours, (y, lse), strict=True):
+        got = np.asarray(got)
+        assert np.isnan(got[nan]).all()
+        empty = np.isneginf(wanted[~nan])
+        np.testing.assert_array_equal(np.isneginf(got[~nan]), empty)
+        close(np.where(empty, 0, got[~nan]), np.where(empty, 0, wanted[~nan]), 1e-6)
+
+
 @pytest.mark.parametrize(("workers", "heads", "groups"), [(1, 4, 2), (2, 6, 1), (7, 8, 8)])
 def test_the_kernel_for_tpus(workers, heads, groups, monkeypatch):
     monkeypatch.setitem(decode_pallas_tpu.CORES, "TPU v5 lite", workers)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.kernels import dispatch, linear_attention
+from scanax.kernels.linear_attention import xla
 from support.compare import close
 
 CASES = Path(__file__).parents[1] / "parity"
@@ -67,8 +68,59 @@ def test_memory_is_one_state_a_chunk():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, x, x, x).compile()
     one_array, states = 4 * B * T * H * K, 4 * B * (T // 64) * H * K * K
-    # Inputs and gradients laid out by chunk, y and its cotangent, and the states.
-    assert compiled.memory_analysis().temp_size_in_bytes <= 11 * one_array + 2 * states
+    # y and its cotangent, gradients, the states, and what is left of one step.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 9 * one_array + 2 * states
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "chunk"),
+    [
+        ((1, 65536, 2), (1, 8, 32), 32),  # one long row: several chunks of it
+        ((4, 512, 8), (1, 2, 32), 32),  # a row after the other, read where it lies
+        ((256, 32, 2), (8, 1, 32), 32),  # short rows: several of them
+        ((6, 40, 2), (2, 3, 16), 16),  # as many as divide the batch
+        ((64, 1, 4), (64, 1, 1), 16),  # a token of each
+        ((1, 2048, 32), (1, 1, 32), 32),  # more heads than that: one chunk
+        ((7, 100, 1), (1, 4, 32), 32),
+    ],
+)
+def test_a_step_takes_as_much_of_every_shape(sizes, rows, chunk):
+    B, T, _ = sizes
+    (b, m, c) = found = xla._sizes(*sizes, chunk, 16 * chunk)
+    assert found == rows
+    assert B % b == 0 and (b == 1 or m * c >= T)
+    assert xla._sizes(*sizes, chunk, 0) == (B, 1, min(T, chunk))
+
+
+@pytest.mark.parametrize("decay", ["constant", "scalar", "vector"])
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_blocks_of_rows_and_chunks_are_the_recurrence(monkeypatch, at_once, decay):
+    monkeypatch.setattr(xla, "AT_ONCE", at_once)
+    for B, T, H, G in ((4, 23, 2, 1), (6, 7, 1, 1), (1, 41, 2, 2)):
+        keys = jax.random.split(jax.random.key(B), 8)
+        q, k = (jax.random.normal(key, (B, T, G, 3)) for key in keys[:2])
+        v, state = (
+            jax.random.normal(keys[2], (B, T, H, 4)),
+            jax.random.normal(keys[3], (B, H, 3, 4)),
+        )
+        shape = {"constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, 3)}[decay]
+        log = -jax.nn.softplus(jax.random.normal(keys[4], shape))
+        reset = jax.random.bernoulli(keys[5], 0.1, (B, T))
+        cotangents = jax.random.normal(keys[6], v.shape), jax.random.normal(keys[7], state.shape)
+
+        def both(implementation, *inputs, reset=reset, cotangents=cotangents):
+            def of(*inputs):
+                how = {"implementation": implementation, "reset": reset}
+                how |= {"chunk": 4} if implementation == "xla" else {}
+                return linear_attention(*inputs[:4], state=inputs[4], **how)
+
+            y, pull = jax.vjp(of, *inputs)
+            return y, pull(cotangents)
+
+        y, gradients = jax.jit(both, static_argnums=0)("xla", q, k, v, log, state)
+        expected, slopes = jax.jit(both, static_argnums=0)("reference", q, k, v, log, state)
+        close(y, expected, 2e-6)
+        close(gradients, slopes, 1e-5)
 
 
 def arguments(**change):

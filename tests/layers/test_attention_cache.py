@@ -55,7 +55,7 @@ def test_a_window_sees_its_last_tokens(window):
 def test_a_ring_holds_one_window_and_loses_nothing_that_is_seen():
     model, step, x, none = build(window=3)
     state = model.init_state(BATCH, 1000, jnp.float32)
-    assert state["k"].shape == state["v"].shape == (BATCH, 3, 2, 4)
+    assert state["k"].shape == state["v"].shape == (BATCH, 2, 3, 4)
     full, _ = step(x, None, none)
     y, state = decode(step, x, state, none)
     close(y, full, 1e-5)

@@ -108,7 +108,7 @@ def test_every_state_has_its_place():
     assert named["gla"] == {"S": heads} | windows
     assert named["mamba2"]["B_conv"] == named["mamba"]["conv"] == channels
     assert named["aaren"] == {"m": heads, "u": heads, "w": heads}
-    assert named["attention"]["k"] == named["attention"]["v"] == ("seq", None)
+    assert named["attention"]["k"] == named["attention"]["v"] == (None, "seq")
     assert named["retention"] == {"S": heads, "position": ()} | windows
     with pytest.raises(ValueError, match=r"no rule says where .* other lies"):
         state_shardings(({"other": state[0]["S"]},), mesh.make())

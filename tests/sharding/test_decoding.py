@@ -20,13 +20,13 @@ def normal(seed, *shape):
 
 
 def draw(time, keys, groups):
-    """Keys in any order with empty slots among them; queries anywhere, one that sees nothing."""
+    """Keys in any order, some slots empty; a query that sees nothing, one that sees all, others."""
     rng = np.random.default_rng(time)
     index = np.stack([rng.permutation(keys) for _ in range(B)]).astype(np.int32)
     index[rng.random(index.shape) < 0.3] = -1
     last = rng.integers(0, keys, (B, time)).astype(np.int32)
     first = (last * rng.random((B, time))).astype(np.int32)
-    last[0, -1], first[0, -1] = 5, 9
+    last[:, -1], first[:, -1] = (5, keys), (9, 0)
     arrays = normal(1, B, time, H, K), normal(2, B, keys, groups, K), normal(3, B, keys, groups, V)
     return arrays, {"q_index": last, "q_start": first, "kv_index": index}
 
@@ -108,7 +108,7 @@ def test_a_cache_over_devices_is_that_of_one(name, over):
         assert lost.any() and not lost.all()
     np.testing.assert_array_equal(np.isnan(y), lost)
     close(np.where(lost, 0, y), np.where(lost, 0, true), 1e-5)
-    close(cache.resized(state, true_state["k"].shape[1]), true_state, 1e-5)
+    close(cache.resized(state, true_state["k"].shape[2]), true_state, 1e-5)
 
 
 @pytest.mark.parametrize("time", [1, 8])
@@ -142,8 +142,8 @@ def test_a_ring_is_resized():
 
     for time in (3, 7, 20):
         for old, new in ((5, 8), (8, 5)):
-            moved = cache.resized(ring(old, time), new)["k"][:, :, 0, 0]
-            whole = np.asarray(ring(new, time)["k"][:, :, 0, 0])
+            moved = cache.resized(ring(old, time), new)["k"][:, 0, :, 0]
+            whole = np.asarray(ring(new, time)["k"][:, 0, :, 0])
             gone = x[0, : max(0, time - old), 0, 0]  # before a larger ring
             np.testing.assert_array_equal(moved, np.where(np.isin(whole[:1], gone), 0, whole))
 
@@ -154,12 +154,12 @@ DEVICES, BYTES = 8, 4
 @pytest.mark.parametrize("size", [64, 1024])
 def test_what_a_token_exchanges_is_one_partial_result_a_device(size):
     """P - 1 results of V numbers and a log-sum-exp for each row and head, whatever the cache."""
-    state = {name: jnp.zeros((B, size, 2, K), jnp.float32) for name in ("k", "v")}
+    state = {name: jnp.zeros((B, 2, size, K), jnp.float32) for name in ("k", "v")}
     state["length"] = jnp.zeros(B, jnp.int32)
     q, k = jnp.zeros((B, 1, H, K), jnp.float32), jnp.zeros((B, 1, 2, K), jnp.float32)
     made = mesh.make(f"seq={DEVICES}")
     for name in ("k", "v"):
-        state[name] = jax.device_put(state[name], mesh.sharding(made, None, "seq"))
+        state[name] = jax.device_put(state[name], mesh.sharding(made, None, None, "seq"))
     with jax.set_mesh(made):
         step = jax.jit(decoding.over_cache, donate_argnums=3)
         compiled = step.lower(q, k, k, state, jnp.zeros((B, 1), jnp.int32)).compile()
@@ -172,12 +172,12 @@ def test_several_tokens_exchange_no_cache():
     """Queries, new keys and values to all; results back to the queries' owners."""
     received = []
     for size in (64, 1024):
-        state = {name: jnp.zeros((B, size, 2, K), jnp.float32) for name in ("k", "v")}
+        state = {name: jnp.zeros((B, 2, size, K), jnp.float32) for name in ("k", "v")}
         state["length"] = jnp.zeros(B, jnp.int32)
         q, k = jnp.zeros((B, 16, H, K), jnp.float32), jnp.zeros((B, 16, 2, K), jnp.float32)
         made = mesh.make(f"seq={DEVICES}")
         for name in ("k", "v"):
-            state[name] = jax.device_put(state[name], mesh.sharding(made, None, "seq"))
+            state[name] = jax.device_put(state[name], mesh.sharding(made, None, None, "seq"))
         with jax.set_mesh(made):
             step = jax.jit(decoding.over_cache)
             compiled = step.lower(q, k, k, state, jnp.zeros((B, 16), jnp.int32)).compile()
