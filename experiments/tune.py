@@ -120,10 +120,12 @@ def attention_cases(config: Tune, width: int, dtype: Any) -> Iterator[Case]:
 def decode_cases(config: Tune, width: int, dtype: Any) -> Iterator[Case]:
     """One query a row over a full cache."""
     normal = drawn(dtype)
-    q, k, v = (normal(config.batch, t, config.heads, width) for t in (1, *[config.length] * 2))
+    q = normal(config.batch, 1, config.heads, width)
+    k, v = (normal(config.batch, config.heads, config.length, width) for _ in range(2))
     last = jnp.full((config.batch, 1), config.length - 1, jnp.int32)
 
     def run(q, k, v, name, size):
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # of a cache, which is read as it lies
         return attention(q, k, v, q_index=last, implementation=name, block=size)
 
     yield Case("decode", attention, run, (q, k, v), BLOCKS)

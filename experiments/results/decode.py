@@ -166,9 +166,10 @@ def notes(rows, width, depth, steps) -> list[str]:
     """How it was measured, and where attention is faster or smaller."""
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
-        f"random weights. The last {steps} tokens of the context are timed, after {WARM} that are "
-        f"not, again and again for {WINDOW} s; of each seed the median of {ROUNDS} such times, for "
-        "which all mixers and contexts take turns. Each call has what it costs to begin one.",
+        f"random weights. After {WARM} tokens that are not timed the last {steps} of the context "
+        f"are, again and again for {WINDOW} s; of their times the median, and of each seed the "
+        f"median of {ROUNDS} turns that all mixers and contexts take. Each call has what it costs "
+        "to begin one.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]

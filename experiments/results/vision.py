@@ -87,7 +87,8 @@ def measured(sides: list[int], tokens: int, setting: Setting) -> dict[tuple[str,
     All sides take turns, so that a core that slows down slows all.
     """
     programs, states = {}, {}
-    for side, name in itertools.product(tqdm.tqdm(sides, desc="vision: compiled"), MODELS):
+    sized_models = list(itertools.product(sides, MODELS))
+    for side, name in tqdm.tqdm(sized_models, desc="vision: compiled"):
         rows = max(1, tokens // side**2)
         small = config(name, setting.small)
         sized = dataclasses.replace(small, image=(side * small.patch,) * 2)

@@ -1,5 +1,7 @@
 """One query a row against a cache, for Hopper GPUs: the cache is read once, as it lies.
 
+That is (B, G, S, K), of which the arguments are transposes; others are copied first.
+
 An output is the heads of one row that read one group of keys, up to 64 of them: the rows of a
 tensor core's product, filled up with zeros, which is free where memory is what is waited for.
 `decode` deals the tiles of keys to workers; a program is two of them, each a warpgroup with a ring

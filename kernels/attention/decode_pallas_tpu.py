@@ -3,7 +3,8 @@
 A tile has some keys of every group: all heads of a row meet all of them, and a mask keeps each to
 its group. The extra products are free, for the matrix unit takes as long for the few heads of one
 group. A worker is a TPU core; `decode` deals the tiles. The bytes are the cache's, the least there
-is, unless XLA pads it first (docs/kernels.md).
+is, if it lies as (B, G, S, K), of which the arguments are transposes; others are copied first, and
+keys of 64 are padded (docs/kernels.md).
 """
 
 from functools import partial

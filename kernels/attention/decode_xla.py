@@ -1,8 +1,8 @@
 """One query a row against a cache, in plain XLA: the cache is read once, as it lies.
 
-Blocks of keys from the first to the last that a row sees, an online softmax over them. Products are
-of the keys as they are: where none is non-finite the scores and sums are finite, and where one is
-`xla.py` does it again by the masks, for which it copies the cache.
+Blocks of keys from the first to the last that any row sees, an online softmax over them. Products
+are of the keys as they are. Where one is not finite, for any row, `xla.py` does all of it again by
+the masks, for which it copies the keys. Keys (B, S, G, K) that are no cache's are copied first.
 """
 
 from functools import partial
@@ -36,11 +36,11 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
         see = see[:, None, None]
         s = scale * dot("bgrk,bgsk->bgrs", q, some(k, axis=2))
         top = jnp.maximum(m, jnp.max(jnp.where(see, s, LOWEST), axis=-1))
-        p = jnp.where(see, jnp.exp(s - top[..., None]), 0)
+        p = jnp.where(see, jnp.exp(s - top[..., None]), 0).astype(v.dtype)
         fade = jnp.exp(m - top)
-        more = dot("bgrs,bgsv->bgrv", p.astype(v.dtype), some(v, axis=2))
+        more = dot("bgrs,bgsv->bgrv", p, some(v, axis=2))
         sound &= jnp.isfinite(s).all() & jnp.isfinite(more).all()
-        return top, fade * u + p.sum(-1), fade[..., None] * w + more, sound
+        return top, fade * u + p.sum(-1, dtype=exact), fade[..., None] * w + more, sound
 
     m = jnp.full(q.shape[:-1], LOWEST, exact)
     empty = m, jnp.zeros_like(m), jnp.zeros((*m.shape, v.shape[3]), exact), jnp.bool(True)

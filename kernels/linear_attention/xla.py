@@ -77,15 +77,19 @@ def linear_attention(q, k, v, log_decay, state, reset, chunk):
 
 
 def _sizes(B, T, H, chunk, at_once):
-    """Of a step: rows, chunks of each, tokens of a chunk. All rows and one chunk if not at_once."""
+    """Of a step: rows, chunks of each, tokens of a chunk. All rows and one chunk if not at_once.
+
+    Rows are the divisor of the batch that is nearest to what the step may take.
+    """
     size = min(chunk, T)
-    if not at_once:
+    if not (at_once and B):
         return B, 1, size
     chunks = -(-T // size)
     steps = -(-chunks // max(1, at_once // (H * size)))
     several = -(-chunks // steps)
     most = max(1, at_once // (H * size * several)) if steps == 1 else 1
-    return max(rows for rows in range(1, B + 1) if B % rows == 0 and rows <= most), several, size
+    divisors = (rows for rows in range(1, B + 1) if B % rows == 0)
+    return min(divisors, key=lambda rows: max(rows / most, most / rows)), several, size
 
 
 class Chunk:

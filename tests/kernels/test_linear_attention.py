@@ -80,6 +80,7 @@ def test_memory_is_one_state_a_chunk():
         ((256, 32, 2), (8, 1, 32), 32),  # short rows: several of them
         ((6, 40, 2), (2, 3, 16), 16),  # as many as divide the batch
         ((64, 1, 4), (64, 1, 1), 16),  # a token of each
+        ((67, 1, 4), (67, 1, 1), 16),  # and of a batch that nothing divides
         ((1, 2048, 32), (1, 1, 32), 32),  # more heads than that: one chunk
         ((7, 100, 1), (1, 4, 32), 32),
     ],

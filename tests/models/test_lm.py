@@ -186,3 +186,23 @@ def test_a_state_of_another_depth_is_refused():
     model = merge(*parts(PAIR))
     with pytest.raises(ValueError, match="state has 2 entries; the model has 3 blocks"):
         model(tokens(), model.init_state(B, T)[:2])
+
+
+def test_a_token_copies_no_cache():
+    """Temporaries are less than half of eight layers' caches; each is updated where it lies."""
+    config = LMConfig(vocab=16, width=16, depth=8, pattern="attention+swiglu")
+    model = LM(config, rngs=nnx.Rngs(0))
+    graphdef, params, rest = split(model)
+    state = jax.eval_shape(lambda: model.init_state(1, 16384))
+
+    def step(params, tokens, state):
+        return merge(graphdef, params, rest)(tokens, state)
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    program = jax.jit(step, donate_argnums=2).lower(params, tokens, state).compile()
+    memory, size = (
+        program.memory_analysis(),
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+    )
+    assert memory.alias_size_in_bytes > 0.99 * size
+    assert memory.temp_size_in_bytes < size / 2

@@ -20,13 +20,13 @@ def normal(seed, *shape):
 
 
 def draw(time, keys, groups):
-    """Keys in any order, some slots empty; a query that sees nothing, one that sees all, others."""
+    """Keys in any order, some slots empty; queries, one that sees nothing, one that sees many."""
     rng = np.random.default_rng(time)
     index = np.stack([rng.permutation(keys) for _ in range(B)]).astype(np.int32)
     index[rng.random(index.shape) < 0.3] = -1
     last = rng.integers(0, keys, (B, time)).astype(np.int32)
     first = (last * rng.random((B, time))).astype(np.int32)
-    last[:, -1], first[:, -1] = (5, keys), (9, 0)
+    last[:, -1], first[:, -1] = (5, keys - 5), (9, 3)
     arrays = normal(1, B, time, H, K), normal(2, B, keys, groups, K), normal(3, B, keys, groups, V)
     return arrays, {"q_index": last, "q_start": first, "kv_index": index}
 
