@@ -82,7 +82,7 @@ def test_memory_is_one_state_a_chunk():
         ((64, 1, 4), (64, 1, 1), 16),  # a token of each
         ((67, 1, 4), (67, 1, 1), 16),  # and of a batch that nothing divides
         ((1, 2048, 32), (1, 1, 32), 32),  # more heads than that: one chunk
-        ((7, 100, 1), (1, 4, 32), 32),
+        ((7, 100, 1), (7, 4, 32), 32),  # 7 rows are nearer to the 4 that fit than 1 is
     ],
 )
 def test_a_step_takes_as_much_of_every_shape(sizes, rows, chunk):
