@@ -16,6 +16,17 @@ Measured = dict[str, Any]
 
 FLAT = 1.15  # times as long, or as quick, that still count as the same
 
+# Mixers by their names in a pattern: what papers call them.
+MIXER_NAMES = {
+    "gla": "GLA",
+    "retention": "RetNet",
+    "lightning": "Lightning",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "aaren": "Aaren",
+    "attention": "attention",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:

@@ -17,8 +17,8 @@ from flax import nnx
 from ...models import SeriesConfig, SeriesModel, merge, split
 from .. import timing
 from ..plots import panels
-from ..trained import mean_and_spread
-from . import Experiment, Measured, Setting, verdict
+from ..trained import mean_and_spread, task_of
+from . import MIXER_NAMES, Experiment, Measured, Setting, verdict
 
 MIXERS = ("aaren", "attention")
 SMALL = "--steps 2 --validate-every 0 --model.width 16 --model.depth 1 "
@@ -65,7 +65,8 @@ def run(setting: Setting) -> Measured:
         rows.append([name, WHAT[measure], *both, *ratio, *sizes])
     curves = streams(TOKENS[:2] if setting.small else TOKENS, setting.seeds)
     measured = {"columns": COLUMNS, "rows": rows, "curves": curves}
-    return measured | {"found": answer(rows, curves), "notes": notes(curves)}
+    bounds = task_of(models["events aaren"]).bounds()
+    return measured | {"found": answer(rows, curves), "notes": notes(curves, bounds)}
 
 
 def error(end: dict[str, Any], measure: str) -> float:
@@ -145,7 +146,7 @@ def answer(rows: list[list], curves: dict[str, list[list[float]]]) -> str:
     )
 
 
-def notes(curves: dict[str, list[list[float]]]) -> list[str]:
+def notes(curves: dict[str, list[list[float]]], bounds: dict[str, Any]) -> list[str]:
     tokens, size = curves["state of aaren"][-1]
     slower = [
         int(n)
@@ -161,6 +162,9 @@ def notes(curves: dict[str, list[list[float]]]) -> list[str]:
         "of both mixers together, with another seed; rates and other settings in trials of Aaren. "
         "In which windows of a short series they differ is in the docstring of the preset "
         "forecast.",
+        "Nats of an event of the Hawkes process's test part, to compare with: "
+        + ", ".join(f"{name} {t.mean() + of.mean():.3f}" for name, (t, of) in bounds.items())
+        + ".",
         f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs in turn for "
         f"each seed; attention's cache is made for all tokens. Aaren's state: {size:,.0f} bytes at "
         f"{tokens:,.0f} tokens.",
@@ -173,10 +177,10 @@ def notes(curves: dict[str, list[list[float]]]) -> list[str]:
 
 def draw(measured: Measured, path: Path) -> None:
     rows = [row for row in measured["rows"] if row[1] == WHAT["mse"]]
-    ratios = {"aaren": [(i, row[6], row[7] or 0.0) for i, row in enumerate(rows)]}
-    ratios["attention"] = [(i, 1.0, 0.0) for i in range(len(rows))]
+    ratios = {MIXER_NAMES["aaren"]: [(i, row[6], row[7] or 0.0) for i, row in enumerate(rows)]}
+    ratios[MIXER_NAMES["attention"]] = [(i, 1.0, 0.0) for i in range(len(rows))]
     curves = {
-        what: {m: [tuple(p) for p in measured["curves"][f"{what} of {m}"]] for m in MIXERS}
+        what: {MIXER_NAMES[m]: measured["curves"][f"{what} of {m}"] for m in MIXERS}
         for what in ("state", "time")
     }
     names, about = [row[0].removeprefix("forecast ") for row in rows], "tokens"

@@ -22,9 +22,8 @@ from .. import timing
 from ..plots import panels
 from ..saved_state import fitting
 from ..trained import mean_and_spread
-from . import FLAT, Experiment, Measured, Setting, verdict
+from . import FLAT, MIXER_NAMES, Experiment, Measured, Setting, verdict
 
-MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
 CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
@@ -88,7 +87,7 @@ def read(decoder: Decoder, tokens: Any, state: Any, small: int) -> tuple[Any, An
 
 
 def run(setting: Setting) -> Measured:
-    contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, MIXERS
+    contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, tuple(MIXER_NAMES)
     if setting.small:
         contexts, width, depth, steps, mixers = [2, 4], 16, 1, 1, ("gla", "attention")
     with timing.one_core():
@@ -97,7 +96,7 @@ def run(setting: Setting) -> Measured:
             config = LMConfig(vocab=256, width=width, depth=depth, pattern=f"{mixer}+swiglu")
             models[mixer] = decoder(config)
         found = measured(models, contexts, steps, setting.seeds)
-    rows = [[mixer, n, *found[mixer, n]] for mixer in mixers for n in contexts]
+    rows = [[MIXER_NAMES[mixer], n, *found[mixer, n]] for mixer in mixers for n in contexts]
     return {
         "columns": COLUMNS,
         "rows": rows,
@@ -176,7 +175,7 @@ def notes(rows, width, depth, steps) -> list[str]:
     theirs = {row[1]: row for row in rows if row[0] == "attention"}
     for column, what in ((2, "quicker"), (4, "smaller")):
         parts = []
-        for mixer in MIXERS:
+        for mixer in dict.fromkeys(row[0] for row in rows):
             wins = [r[1] for r in rows if r[0] == mixer and theirs[r[1]][column] < r[column]]
             if wins:
                 parts.append(f"than {mixer} at " + ", ".join(f"{n:,}" for n in wins))

@@ -11,7 +11,7 @@ import numpy as np
 from ..plots import panels
 from ..tasks.recall import RecallTask
 from ..trained import averaged, by, mean_and_spread, quickest, task_of
-from . import Experiment, Measured, Setting, verdict
+from . import MIXER_NAMES, Experiment, Measured, Setting, verdict
 
 PRESET = "--preset recall-mqar "
 SIZES = {  # of states: by heads, which share the width, or by numbers per channel
@@ -22,15 +22,6 @@ SIZES = {  # of states: by heads, which share the width, or by numbers per chann
     "mamba2": ("mamba2.state", (8, 32, 128)),
     "aaren": ("aaren.heads", (4, 16)),
     "attention": ("attention.heads", (1,)),
-}
-NAMES = {
-    "gla": "GLA",
-    "retention": "RetNet",
-    "lightning": "Lightning",
-    "mamba": "Mamba",
-    "mamba2": "Mamba-2",
-    "aaren": "Aaren",
-    "attention": "attention",
 }
 SMALL = "--steps 2 --validate-every 0 --length 16 --items 4 --heldout-batches 1 --final-batches 1 "
 SMALL += "--model.vocab 32 --model.width 16 --model.mamba2.head-width 16 "
@@ -65,7 +56,7 @@ def run(setting: Setting) -> Measured:
         state, count, name = (
             ended[0].found["state_bytes"],
             ended[0].final["parameters"],
-            NAMES[mixer],
+            MIXER_NAMES[mixer],
         )
         each = ", ".join(f"{one:.0f}" for one in each_right)
         rows.append([name, size, state, right, spread, each, count, quickest(ended)])
@@ -107,7 +98,7 @@ def by_value(task: RecallTask) -> float:
 def answer(rows: list[list]) -> str:
     """Of each mixer its smallest and its largest state; first those to which more is no help."""
     said, flat = [], []
-    for name in NAMES.values():
+    for name in MIXER_NAMES.values():
         mine = sorted((row for row in rows if row[0] == name), key=lambda row: row[2])
         ends = dict.fromkeys((row[2], row[3]) for row in (mine[0], mine[-1]))
         said.append(f"{name} " + " and ".join(f"{y:.0f} % in {x:,} bytes" for x, y in ends))
@@ -119,7 +110,8 @@ def answer(rows: list[list]) -> str:
 def draw(measured: Measured, path: Path) -> None:
     curves, right = measured["curves"], "held-out answers right (%)"
     by_state, by_pairs = (
-        {name: curves[f"{name} by {x}"] for name in NAMES.values()} for x in ("state", "pairs")
+        {name: curves[f"{name} by {x}"] for name in MIXER_NAMES.values()}
+        for x in ("state", "pairs")
     )
     panels.draw(
         path,

@@ -104,7 +104,7 @@ class EventsTask(ModelTask):
     def report(self, model: SeriesModel | None, heldout: dict[str, float], run: str) -> str:
         """Nats of the test part's events, beside the process itself and one of constant rates."""
         lines = ["nats per event of the test part, of its time and of its type:"]
-        each = {name: [float(x.mean()) for x in nats] for name, nats in self._bounds().items()}
+        each = {name: [float(x.mean()) for x in nats] for name, nats in self.bounds().items()}
         each["model"] = [heldout["nats_time"], heldout["nats_type"]]
         lines += [
             f"{name:>22}: {time + type_:7.4f} = {time:7.4f} + {type_:.4f}"
@@ -119,7 +119,7 @@ class EventsTask(ModelTask):
         time, _ = log_normal(said[..., :-TYPES], jnp.asarray(events.waits), self._scale)
         chances = np.asarray(jax.nn.log_softmax(said[..., -TYPES:]))
         of_type = -np.take_along_axis(chances, events.types[..., None], axis=-1)[..., 0]
-        each = {"model": (np.asarray(time), of_type)} | self._bounds()
+        each = {"model": (np.asarray(time), of_type)} | self.bounds()
         curves = {n: (time + type_).mean(axis=0).tolist() for n, (time, type_) in each.items()}
         if folder is not None:
             axes = "event's place in its sequence", "nats per event"
@@ -128,17 +128,17 @@ class EventsTask(ModelTask):
         means = {name: float(np.mean(curve)) for name, curve in curves.items()}
         return {"nats_per_event": means, "nats_by_place": curves}
 
-    def _heldout(self, part: str, first: int, rows: slice = slice(None)) -> Batch:
-        index, weights = held(self.heldout, first, self.rows, rows)
-        return _batch(self._part(part), index) | {"weights": weights}
-
-    def _bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Nats of the test part's events: by the process, and by rates that the training part
-        has on average."""
+    def bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Nats of the test part's events (rows, length), of time and of type: by the process, and
+        by rates that the training part has on average."""
         test, training = self._part("test"), self._part("training")
         rates = np.bincount(training.types.reshape(-1), minlength=TYPES) / training.waits.sum()
         known = hawkes.poisson(test.waits, test.types, rates)
         return {"the process itself": test.oracle, "constant rates": known}
+
+    def _heldout(self, part: str, first: int, rows: slice = slice(None)) -> Batch:
+        index, weights = held(self.heldout, first, self.rows, rows)
+        return _batch(self._part(part), index) | {"weights": weights}
 
     def _part(self, name: str) -> Events:
         rows = self.sequences if name == "training" else self.heldout

@@ -23,22 +23,19 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache lies
     q = rearrange(query, "b 1 (g r) k -> b g r k", g=groups)
     block = min(block, length)
-    precision = "highest" if q.dtype == exact else "default"
-    dot = partial(jnp.einsum, precision=precision, preferred_element_type=exact)
     span = tiles.span(*tiles.extent(tiles.cut(kv_index, block, -1)), first[:, 0], last[:, 0])
 
     def step(j, carry):
         m, u, w, sound = carry
         at = jnp.minimum(j * block, length - block)  # the last block begins within the one before
         some = partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=block)
-        index, slots = some(kv_index, axis=1), at + jnp.arange(block, dtype=jnp.int32)
-        see = (first <= index) & (index <= last) & (index >= 0) & (slots >= j * block)
-        see = see[:, None, None]
-        s = scale * dot("bgrk,bgsk->bgrs", q, some(k, axis=2))
+        slots = at + jnp.arange(block, dtype=jnp.int32)
+        see = tiles.see(first, last, some(kv_index, axis=1))[..., 0, :] & (slots >= j * block)
+        s = scale * tiles.dot("bgrk,bgsk->bgrs", q, some(k, axis=2))
         top = jnp.maximum(m, jnp.max(jnp.where(see, s, LOWEST), axis=-1))
         p = jnp.where(see, jnp.exp(s - top[..., None]), 0).astype(v.dtype)
         fade = jnp.exp(m - top)
-        more = dot("bgrs,bgsv->bgrv", p, some(v, axis=2))
+        more = tiles.dot("bgrs,bgsv->bgrv", p, some(v, axis=2))
         sound &= jnp.isfinite(s).all() & jnp.isfinite(more).all()
         return top, fade * u + p.sum(-1, dtype=exact), fade[..., None] * w + more, sound
 

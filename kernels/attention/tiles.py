@@ -1,4 +1,4 @@
-"""How a call of attention is cut into tiles, and which tiles its masks let meet."""
+"""How a call of attention is cut into tiles, which its masks let meet, and sums of one tile."""
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -49,3 +49,17 @@ def spans(extent, first, last):
     high = live.shape[1] - jnp.argmax(live[:, ::-1], axis=1).astype(jnp.int32)
     high = jnp.where(live.any(axis=1), high, low)
     return low.T, high.T
+
+
+def dot(equation, x, y):
+    """A matmul accumulated in at least float32, and not in less precision than its inputs."""
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    precision = "highest" if x.dtype == exact else "default"
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=exact)
+
+
+def see(first, last, index):
+    """(B, 1, 1, T, S): what intervals of queries (B, T) let through of keys (B, S)."""
+    index = index[:, None, :]
+    seen = (first[:, :, None] <= index) & (index <= last[:, :, None]) & (index >= 0)
+    return seen[:, None, None]

@@ -55,13 +55,13 @@ def _tiled(q, k, v, first, last, kv_index, scale, block, dtype):
         def column(j, carry):
             m, u, w = carry
             k, _, v, index = _tile(keys, j)
-            see = _see(first, last, index)
-            s = jnp.where(see, scale * _dot("bgrtk,bgsk->bgrts", q, k), LOWEST)
+            see = tiles.see(first, last, index)
+            s = jnp.where(see, scale * tiles.dot("bgrtk,bgsk->bgrts", q, k), LOWEST)
             top = jnp.maximum(m, s.max(-1))
             p = jnp.where(see, jnp.exp(s - top[..., None]), 0).astype(v.dtype)
             fade = jnp.exp(m - top)
             u = fade * u + p.sum(-1, dtype=exact)
-            return top, u, fade[..., None] * w + _dot("bgrts,bgsv->bgrtv", p, v)
+            return top, u, fade[..., None] * w + tiles.dot("bgrts,bgsv->bgrtv", p, v)
 
         m = jnp.full(q.shape[:-1], LOWEST, exact)
         empty = m, jnp.zeros_like(m), jnp.zeros((*m.shape, v.shape[3]), exact)
@@ -104,16 +104,16 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
     def tile(query, key):
         """The weights of one tile and the gradient to its scores, 0 where hidden."""
         (q, _, dy, lse, delta, first, last), (k, _, v, index) = query, key
-        see = _see(first, last, index)
-        s = scale * _dot("bgrtk,bgsk->bgrts", q, k)
+        see = tiles.see(first, last, index)
+        s = scale * tiles.dot("bgrtk,bgsk->bgrts", q, k)
         p = jnp.where(see, jnp.exp(s - lse[..., None]), 0)
-        ds = p * (_dot("bgrtv,bgsv->bgrts", dy, v) - delta[..., None])
+        ds = p * (tiles.dot("bgrtv,bgsv->bgrts", dy, v) - delta[..., None])
         return p, jnp.where(see, ds, 0).astype(q.dtype)
 
     def row(query):
         def column(j, dq):
             key = _tile(keys, j)
-            return dq + _dot("bgrts,bgsk->bgrtk", tile(query, key)[1], key[1])
+            return dq + tiles.dot("bgrts,bgsk->bgrtk", tile(query, key)[1], key[1])
 
         span = tiles.span(*key_extent, query[-2].min(-1), query[-1].max(-1))
         return jax.lax.fori_loop(*span, column, jnp.zeros(query[0].shape, exact))
@@ -123,8 +123,8 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
             dk, dv = carry
             query = _tile((*queries, *interval), i)
             p, ds = tile(query, key)
-            dk = dk + _dot("bgrts,bgrtk->bgsk", ds, query[1])
-            return dk, dv + _dot("bgrts,bgrtv->bgsv", p.astype(ds.dtype), query[2])
+            dk = dk + tiles.dot("bgrts,bgrtk->bgsk", ds, query[1])
+            return dk, dv + tiles.dot("bgrts,bgrtv->bgsv", p.astype(ds.dtype), query[2])
 
         _, _, v, index = key
         zeros = jnp.zeros(key[0].shape, exact), jnp.zeros(v.shape, exact)
@@ -139,7 +139,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def visits(first, last, kv_index, block=BLOCK):
-    """How many tiles of scores a call computes: (in its forward, in its backward)."""
+    """Tiles of scores of a call of several queries: (in its forward, in its backward)."""
     sizes = _sizes(first, kv_index, block)
     interval, query_extent = tiles.intervals(first, last, sizes[0])
     key_extent = tiles.extent(tiles.cut(kv_index, sizes[1], -1))
@@ -150,19 +150,6 @@ def visits(first, last, kv_index, block=BLOCK):
 
     rows = total(key_extent, interval[0].min(-1), interval[1].max(-1))
     return rows, rows + total(query_extent, *key_extent)
-
-
-def _dot(equation, x, y):
-    """A matmul accumulated in at least float32, and not in less precision than its inputs."""
-    exact = jnp.promote_types(jnp.float32, x.dtype)
-    precision = "highest" if x.dtype == exact else "default"
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=exact)
-
-
-def _see(first, last, index):
-    index = index[:, None, :]
-    see = (first[:, :, None] <= index) & (index <= last[:, :, None]) & (index >= 0)
-    return see[:, None, None]
 
 
 def _sizes(q, k, block):

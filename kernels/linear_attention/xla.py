@@ -14,6 +14,7 @@ what a chunk does by itself is done for all of them at once, and only the state 
 
 import math
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +258,7 @@ def _backward(sizes, residuals, cotangents):
         dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q
         dv = c.dot("...ij,...iv->...jv", c.scores(), dy)
         dv += c.only("last", c.dot("...jk,...kv->...jv", c.k * c.to_end, d_next))
-        grads = zip((dq, dk, dv, d_decay), xs, strict=False)
+        grads = zip((dq, dk, dv, d_decay), xs[:4], strict=True)
         return d_first, tuple(
             _by_token(jax.vmap(partial(collect, like=x.shape[1:3]))(d)) for d, x in grads
         )
@@ -316,7 +317,7 @@ def _join(x, shape):
     return x if len(x) == shape[0] else x.sum(axis=0, keepdims=True)
 
 
-def _by_chunk(arrays, size):
+def _by_chunk(arrays, size) -> list[Any]:
     """(B, M C, H, K) -> (M, B, H, C, K) of each; (B, M C) -> (M, B, C)."""
     chunks = (
         None if x is None else rearrange(x, "b (m c) ... -> m b c ...", c=size) for x in arrays

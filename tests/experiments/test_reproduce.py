@@ -357,7 +357,9 @@ def test_answers_begin_with_what_does_not_hold():
     what = "rows of 128 tokens and more (Mamba under 90 % right)"
     assert begins(recall_induction.answer(rows, curves), what)
     rows = [
-        [name, "", n, y] for name in recall_mqar.NAMES.values() for n, y in ((9, 20.0), (18, 80.0))
+        [name, "", n, y]
+        for name in results.MIXER_NAMES.values()
+        for n, y in ((9, 20.0), (18, 80.0))
     ]
     assert begins(recall_mqar.answer(rows), "")
     rows[1][3], rows[3][3], rows[3][2] = 24.0, 24.0, 17  # RetNet's state has not doubled
