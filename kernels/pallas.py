@@ -131,7 +131,8 @@ def over_chunks(device: Target, kernel, grid, inputs, outputs, scratch):
 
 def collect(gradient, like: tuple[int, int]):
     """Sum a gradient (B, H, ...) over what was shared: to leading axes (B or 1, groups)."""
-    d = gradient.reshape(gradient.shape[0], like[1], -1, *gradient.shape[2:]).sum(axis=2)
+    batch, heads, *rest = gradient.shape
+    d = gradient.reshape(batch, like[1], heads // like[1], *rest).sum(axis=2)
     return d if like[0] == d.shape[0] else d.sum(axis=0, keepdims=True)
 
 

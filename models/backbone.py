@@ -111,8 +111,8 @@ class Backbone(nnx.Module):
         return x, after, aux
 
     def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
-        """Scan over the layers of one run; of a single token one after the other, for a scan would
-        copy each layer's state into its place and back."""
+        """Scan over the layers of one run; of a single token after a state one after the other, for
+        a scan would copy each layer's state into its place and back."""
         length = jax.tree.leaves(block)[0].shape[0]
         unrolled = length == 1 or (state is not None and x.shape[1] == 1)
 

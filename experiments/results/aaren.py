@@ -77,27 +77,26 @@ def error(end: dict[str, Any], measure: str) -> float:
 def streams(lengths: list[int], seeds: tuple[int, ...]) -> dict[str, list[list[float]]]:
     """By `state of MIXER` (tokens, bytes) and `time of MIXER` (tokens, seconds, spread)."""
     curves: dict[str, list[list[float]]] = {}
+    calls, spent = {}, {}
     with timing.one_core():
         for length in lengths:
-            calls, spent = {}, {mixer: [] for mixer in MIXERS}
             for mixer in MIXERS:
                 model, program = reader(mixer, length)
                 state = model.init_state(1, length)
                 size = sum(x.nbytes for x in jax.tree.leaves(state))
                 curves.setdefault(f"state of {mixer}", []).append([float(length), float(size)])
-                calls[mixer] = functools.partial(program, *split(model)[1:], state)
-            for seed in seeds:
+                calls[mixer, length] = functools.partial(program, *split(model)[1:], state)
+        for seed in seeds:
+            timed = {}
+            for (mixer, length), call in calls.items():
                 x = jax.random.normal(jax.random.key(seed), (length, 1, 1, 1), jnp.float32)
-                timed = {
-                    m: functools.partial(timing.seconds, functools.partial(call, x))
-                    for m, call in calls.items()
-                }
-                for mixer, milliseconds in timing.medians(timed, range(ROUNDS)).items():
-                    spent[mixer].append(milliseconds / 1e3)
-            for mixer in MIXERS:
-                mean, spread = mean_and_spread(spent[mixer])
-                point = [float(length), mean, spread or 0.0]
-                curves.setdefault(f"time of {mixer}", []).append(point)
+                call = functools.partial(call, x)
+                timed[mixer, length] = functools.partial(timing.seconds, call)
+            for each, milliseconds in timing.medians(timed, range(ROUNDS)).items():
+                spent.setdefault(each, []).append(milliseconds / 1e3)
+    for (mixer, length), times in spent.items():
+        mean, spread = mean_and_spread(times)
+        curves.setdefault(f"time of {mixer}", []).append([float(length), mean, spread or 0.0])
     return curves
 
 
@@ -165,9 +164,9 @@ def notes(curves: dict[str, list[list[float]]], bounds: dict[str, Any]) -> list[
         "Nats of an event of the Hawkes process's test part, to compare with: "
         + ", ".join(f"{name} {t.mean() + of.mean():.3f}" for name, (t, of) in bounds.items())
         + ".",
-        f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs in turn for "
-        f"each seed; attention's cache is made for all tokens. Aaren's state: {size:,.0f} bytes at "
-        f"{tokens:,.0f} tokens.",
+        f"Streams: one row, a token at a time within one compiled loop, {ROUNDS} runs for "
+        "each seed, for which all lengths take turns; attention's cache is made for all tokens. "
+        f"Aaren's state: {size:,.0f} bytes at {tokens:,.0f} tokens.",
     ]
     if slower:
         counts = ", ".join(f"{n:,}" for n in slower)

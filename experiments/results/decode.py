@@ -24,12 +24,21 @@ from ..saved_state import fitting
 from ..trained import mean_and_spread
 from . import FLAT, MIXER_NAMES, Experiment, Measured, Setting, verdict
 
+MIXERS = ("gla", "retention", "lightning", "mamba", "mamba2", "aaren", "attention")
 CONTEXTS = [2**n for n in range(6, 16)]
 WIDTH, DEPTH = 256, 4
 STEPS, CHUNK = 32, 512  # tokens timed in a row, and tokens read at once
 WARM = 8  # tokens before those that are timed
 WINDOW, ROUNDS = 0.3, 3  # seconds that rows are repeated for, and how often, for each seed
-COLUMNS = ["mixer", "context (tokens)", "time (ms/token)", "spread (ms/token)", "state (kB)"]
+COLUMNS = [
+    "mixer",
+    "context (tokens)",
+    "time (ms/token)",
+    "spread (ms/token)",
+    "time over the seed's mean",
+    "spread of that",
+    "state (kB)",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Decoder:
     def seconds(self, token: Any, state: Any, steps: int) -> float:
         """Of a token: the median of rows of `steps` from this state, which stays.
 
-        WARM tokens before them are not timed: they pay for what ran before, in caches and memory.
+        First WARM of them are not timed: they pay for what ran before, in caches and memory.
         """
         self.row(token, state, min(WARM, steps))
         spent = [self.row(token, state, steps)]
@@ -87,7 +96,7 @@ def read(decoder: Decoder, tokens: Any, state: Any, small: int) -> tuple[Any, An
 
 
 def run(setting: Setting) -> Measured:
-    contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, tuple(MIXER_NAMES)
+    contexts, width, depth, steps, mixers = CONTEXTS, WIDTH, DEPTH, STEPS, MIXERS
     if setting.small:
         contexts, width, depth, steps, mixers = [2, 4], 16, 1, 1, ("gla", "attention")
     with timing.one_core():
@@ -116,11 +125,13 @@ def reading(model: LM, decoder: Decoder, tokens: Any, contexts: list[int], steps
 
 
 def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ...]) -> dict:
-    """By mixer and context: milliseconds a token, their spread over the seeds, kB of state.
+    """By mixer and context: milliseconds a token, their spread over the seeds, the same over the
+    mean of all contexts of a seed, kB of state.
 
-    All contexts take turns, so that a core that slows down slows all.
+    All contexts take turns, so that a core that slows down slows all; what it slows down from seed
+    to seed is no part of the ratios.
     """
-    times, kilobytes = {}, {}
+    times, ratios, kilobytes = {}, {}, {}
     whole = len(seeds) * (len(models) + ROUNDS)
     with tqdm.tqdm(total=whole, desc="decode: streams read, then rounds of all") as bar:
         for seed in seeds:
@@ -135,29 +146,37 @@ def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ..
                     call = functools.partial(decoder.seconds, token, state, steps)
                     calls[mixer, context] = call
                 bar.update()
-            for each, milliseconds in timing.medians(calls, timing.rounds(ROUNDS, bar)).items():
+            found = timing.medians(calls, timing.rounds(ROUNDS, bar))
+            for mixer, context in found:
+                mean = statistics.mean(found[mixer, n] for n in contexts)
+                each, milliseconds = (mixer, context), found[mixer, context]
                 times.setdefault(each, []).append(milliseconds)
-    return {each: (*mean_and_spread(times[each]), kilobytes[each]) for each in times}
+                ratios.setdefault(each, []).append(milliseconds / mean)
+    return {
+        each: (*mean_and_spread(times[each]), *mean_and_spread(ratios[each]), kilobytes[each])
+        for each in times
+    }
 
 
 def answer(rows) -> str:
-    """From the shortest to the longest context: time and state, of the recurrent and attention."""
+    """How time and state differ over the contexts, of the recurrent mixers and of attention."""
 
-    def growth(mixer):
-        first, *_, last = (row for row in rows if row[0] == mixer)
-        return last[2] / first[2], last[4] / first[4]
+    def grown(mixer):
+        mine = [row for row in rows if row[0] == mixer]
+        times = [row[4] for row in mine]
+        return max(times) / min(times), mine[-1][6] / mine[0][6]
 
     mixers = dict.fromkeys(row[0] for row in rows)
-    recurrent = {mixer: growth(mixer) for mixer in mixers if mixer != "attention"}
-    longer, larger = growth("attention")
+    recurrent = {mixer: grown(mixer) for mixer in mixers if mixer != "attention"}
+    longer, larger = grown("attention")
     first, last = rows[0][1], rows[-1][1]
     times = [longer for longer, _ in recurrent.values()]
     failing = [mixer for mixer, (time, state) in recurrent.items() if time > FLAT or state > 1]
     return (
-        f"{verdict(failing)}at {last:,} tokens of context a token of the recurrent mixers takes "
-        f"{min(times):.2f} to {max(times):.2f} times what it takes at {first:,}, and of the state "
-        f"{max(larger for _, larger in recurrent.values()):.0f} times as much is kept; of "
-        f"attention {longer:.0f} and {larger:.0f} times"
+        f"{verdict(failing)}from {first:,} to {last:,} tokens of context the slowest token of a "
+        f"recurrent mixer takes {min(times):.2f} to {max(times):.2f} times as long as its "
+        f"quickest, and of the state {max(larger for _, larger in recurrent.values()):.0f} times "
+        f"as much is kept; of attention {longer:.0f} and {larger:.0f} times"
     )
 
 
@@ -165,15 +184,17 @@ def notes(rows, width, depth, steps) -> list[str]:
     """How it was measured, and where attention is faster or smaller."""
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
-        f"random weights. After {WARM} tokens that are not timed the last {steps} of the context "
-        f"are, again and again for {WINDOW} s; of their times the median, and of each seed the "
-        f"median of {ROUNDS} turns that all mixers and contexts take. Each call has what it costs "
-        "to begin one.",
+        f"random weights. The last {steps} tokens of the context are decoded again and again, from "
+        f"a copy of the state before them, for {WINDOW} s, after {WARM} that are not timed; of the "
+        f"times the median, and of each seed the median of {ROUNDS} turns that all mixers and "
+        "contexts take. Each call has what it costs to begin one. The core's speed drifts from "
+        "seed to seed, hence the spread; the ratios, to the mean over a seed's contexts, are "
+        "without that.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]
     theirs = {row[1]: row for row in rows if row[0] == "attention"}
-    for column, what in ((2, "quicker"), (4, "smaller")):
+    for column, what in ((2, "quicker"), (6, "smaller")):
         parts = []
         for mixer in dict.fromkeys(row[0] for row in rows):
             wins = [r[1] for r in rows if r[0] == mixer and theirs[r[1]][column] < r[column]]
@@ -186,7 +207,7 @@ def notes(rows, width, depth, steps) -> list[str]:
 
 def draw(measured: Measured, path: Path) -> None:
     lines = [{row[0]: [] for row in measured["rows"]} for _ in range(2)]
-    for mixer, context, milliseconds, spread, kilobytes in measured["rows"]:
+    for mixer, context, milliseconds, spread, _, _, kilobytes in measured["rows"]:
         lines[0][mixer].append((context, milliseconds, spread or 0))
         lines[1][mixer].append((context, kilobytes))
     about = "context (tokens)"

@@ -2,6 +2,7 @@
 
 A tile of scores is (B, G, R, T, S): R query heads read one group of keys, so that no key is copied.
 Loops run from the first to the last tile that the masks let through.
+One query a row goes by `decode_xla`, and here only where a number is not finite.
 
 Non-finite numbers reach what the masks let them reach and nothing else. Tiles are masked by
 `where`; a product whose result is masked reads a row that holds such numbers as nan, and a product

@@ -25,7 +25,7 @@ from .. import tuned
 from ..dispatch import target
 from ..pallas import collect
 
-AT_ONCE = 16  # chunks, of all rows and heads, that a step of the scan takes on a CPU
+AT_ONCE = 4  # chunks, of all rows and heads, that a step of the scan takes on a CPU
 
 
 def features(q, k, v, vector):
@@ -278,36 +278,46 @@ _chunkwise.defvjp(_forward, _backward)
 
 
 def _scan(step, sizes, state, arrays, stacked=(), reverse=False):
-    """step(state, its tokens of all arrays, its of `stacked`) over blocks of rows, and over each.
+    """The last states, and what the steps return, stacked; reads in the order that it writes.
 
-    Arrays (B or 1, T, ...); what is stacked is as steps return it. Returns the last states and
-    what the steps return, stacked: of one block of rows after the other.
+    step(state, (*arrays, *stacked)) is of p blocks of rows, one after the other, and of each of n
+    steps along its tokens: arrays (B or 1, T, ...), where 1 is for all rows, are cut into them;
+    what is stacked (p n, ...) is as steps return it.
     """
     arrays = jax.tree.map(partial(_split, sizes=sizes), arrays)
     leaves, structure = jax.tree.flatten(arrays)
-    first = rearrange(state, "(p b) ... -> p b ...", b=sizes[0])
-    steps = leaves[0].shape[0] // first.shape[0]
-    mine = [x.shape[0] == leaves[0].shape[0] for x in leaves]  # or all rows'
+    blocks = len(state) // sizes[0] if sizes[0] else 1
+    if blocks == 1:
+        return jax.lax.scan(
+            lambda state, xs: step(state, (*xs[0], *xs[1])),
+            state,
+            (arrays, stacked),
+            reverse=reverse,
+        )
+    first = rearrange(state, "(p b) ... -> p b ...", p=blocks)
+    steps = leaves[0].shape[0] // blocks
+    of_block = [x.shape[0] == leaves[0].shape[0] for x in leaves]
 
     def body(carry, xs):
         (state, last), (i, own, *more) = carry, xs
         at, n = i // steps, i % steps
         state = jnp.where(n == (steps - 1 if reverse else 0), first[at], state)
         own = iter(own)
-        each = [next(own) if m else x[n] for m, x in zip(mine, leaves, strict=True)]
+        each = [next(own) if mine else x[n] for mine, x in zip(of_block, leaves, strict=True)]
         state, out = step(state, (*structure.unflatten(each), *more))
         return (state, last.at[at].set(state)), out
 
-    own = [x for m, x in zip(mine, leaves, strict=True) if m]
+    own = [x for mine, x in zip(of_block, leaves, strict=True) if mine]
     index = jnp.arange(leaves[0].shape[0], dtype=jnp.int32)
     carry, out = jax.lax.scan(body, (first[0], first), (index, own, *stacked), reverse=reverse)
     return rearrange(carry[1], "p b ... -> (p b) ..."), out
 
 
 def _split(x, sizes):
-    """(B, T, ...) -> (blocks of rows and steps, rows, tokens of a step, ...)."""
+    """(B, T, ...) -> (p n, b, t, ...): blocks of rows and steps, rows, tokens of a step."""
     rows, tokens = min(sizes[0], x.shape[0]), sizes[1] * sizes[2]
-    return rearrange(x, "(p b) (n t) ... -> (p n) b t ...", b=rows, t=tokens)
+    blocks, steps = (x.shape[0] // rows if rows else 1), x.shape[1] // tokens
+    return rearrange(x, "(p b) (n t) ... -> (p n) b t ...", p=blocks, b=rows, n=steps)
 
 
 def _join(x, shape):

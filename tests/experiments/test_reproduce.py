@@ -374,18 +374,18 @@ def test_answers_begin_with_what_does_not_hold():
     assert begins(lightning.answer(rows), "")
     rows[1][4] = 85.0
     assert begins(lightning.answer(rows), "rows of 512 tokens")
-    rows = [[m, n, 1.0, 0.0, 4.0] for m in ("gla", "attention") for n in (64, 128)]
+    rows = [[m, n, 9.0, 1.0, 1.0, 0.0, 4.0] for m in ("GLA", "attention") for n in (64, 128, 256)]
     assert begins(decode.answer(rows), "")
-    rows[1][2] = 1.2
-    assert begins(decode.answer(rows), "gla")
+    rows[1][4] = 1.2
+    assert begins(decode.answer(rows), "GLA")
     rows = [
-        [name, n, 98.0 if n == 64 else None, 1.0, 9, 1.0, 6.4e5 / n, 1.0, 1.0, 1.0]
+        [name, n, 98.0 if n == 64 else None, 1.0, 9, 6.4e5 / n, 6.4e5 / n, 1.0, 1.0, 1.0]
         for name in vision.MODELS
         for n in (64, 256)
     ]
     assert begins(vision.answer(rows), "")
     rows[0][2], rows[1][6] = 96.9, 1e3
-    assert begins(vision.answer(rows), "accuracy and speed")
+    assert begins(vision.answer(rows), "accuracy and the speed of training")
     rows = [
         [name, aaren.WHAT[what], 1.0, 0.0, 1.0, 0.0, 1.02]
         for name, (_, what) in aaren.TASKS.items()
