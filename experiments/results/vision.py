@@ -165,6 +165,9 @@ def notes(exits: dict[str, list], tokens: int) -> list[str]:
         "Memory is the temporaries that the compiler counts of the same programs: as every run has "
         "as many patches, and attention's scores are made by blocks, it does not grow with the "
         "image. The state is of one image, read patch by patch.",
+        "ViR's class token makes an image one token longer than its patches, and its chunks have "
+        "32: of 64 patches it computes 96 tokens, of 256 it computes 288, of larger ones hardly "
+        "more than there are. Reading alone is quicker, the longer the rows.",
     ]
     for name, points in exits.items():
         below = [i for i, (_, right, _) in enumerate(points) if right < points[-1][1] - 1]

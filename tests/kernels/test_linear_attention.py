@@ -124,6 +124,16 @@ def test_blocks_of_rows_and_chunks_are_the_recurrence(monkeypatch, at_once, deca
         close(gradients, slopes, 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2,), (0, 5, 2), (0, 5, 2, 3)], ids=len)
+def test_an_empty_batch_gives_empty_arrays(shape):
+    x, log = jnp.zeros((0, 5, 2, 3)), jnp.zeros(shape)
+    (y, state), pull = jax.vjp(linear_attention, x, x, x, log)
+    assert y.shape == x.shape and state.shape == (0, 2, 3, 3)
+    *gradients, slope = pull((y, state))
+    assert all(each.shape == x.shape for each in gradients)
+    assert slope.shape == shape and not slope.any()
+
+
 def arguments(**change):
     x = jnp.zeros((2, 6, 4, 3), jnp.float32)
     return {"q": x, "k": x, "v": x, "log_decay": jnp.zeros(4, jnp.float32)} | change
