@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from flax import nnx
 
@@ -110,7 +111,7 @@ def run(setting: Setting) -> Measured:
         "columns": COLUMNS,
         "rows": rows,
         "found": answer(rows),
-        "notes": notes(rows, width, depth, steps),
+        "notes": notes(rows, width, depth, steps, len(setting.seeds)),
     }
 
 
@@ -161,14 +162,12 @@ def measured(models: dict, contexts: list[int], steps: int, seeds: tuple[int, ..
 def answer(rows) -> str:
     """How time and state differ over the contexts, of the recurrent mixers and of attention."""
 
-    def grown(mixer):
-        mine = [row for row in rows if row[0] == mixer]
-        times = [row[4] for row in mine]
-        return max(times) / min(times), mine[-1][6] / mine[0][6]
-
-    mixers = dict.fromkeys(row[0] for row in rows)
-    recurrent = {mixer: grown(mixer) for mixer in mixers if mixer != "attention"}
-    longer, larger = grown("attention")
+    ratios, sizes = by_mixer(rows, 4), by_mixer(rows, 6)
+    recurrent = {
+        mixer: (max(ratios[mixer]) / min(ratios[mixer]), sizes[mixer][-1] / sizes[mixer][0])
+        for mixer in ratios
+    }
+    longer, larger = recurrent.pop("attention")
     first, last = rows[0][1], rows[-1][1]
     times = [longer for longer, _ in recurrent.values()]
     failing = [mixer for mixer, (time, state) in recurrent.items() if time > FLAT or state > 1]
@@ -180,19 +179,42 @@ def answer(rows) -> str:
     )
 
 
-def notes(rows, width, depth, steps) -> list[str]:
+def by_mixer(rows, column: int) -> dict[str, list[float]]:
+    """A column's figures by context, the shortest first."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row[0], []).append(row[column])
+    return found
+
+
+def notes(rows, width, depth, steps, seeds) -> list[str]:
     """How it was measured, and where attention is faster or smaller."""
     said = [
         f"{depth} blocks of the mixer and SwiGLU, width {width}, 256 tokens, one row, float32, "
         f"random weights. The last {steps} tokens of the context are decoded again and again, from "
         f"a copy of the state before them, for {WINDOW} s, after {WARM} that are not timed; of the "
         f"times the median, and of each seed the median of {ROUNDS} turns that all mixers and "
-        "contexts take. Each call has what it costs to begin one. The core's speed drifts from "
-        "seed to seed, hence the spread; the ratios, to the mean over a seed's contexts, are "
-        "without that.",
+        "contexts take. Each call has what it costs to begin one.",
+        "The core's speed drifts from seed to seed, hence the spread; the ratios, to the mean over "
+        "a seed's contexts, are without that.",
         "The state is all that goes from token to token: matrices, convolution windows, positions, "
         "and attention's cache, made for that context.",
     ]
+    spreads = [row[5] for row in rows if row[0] != "attention" and row[5] is not None]
+    if spreads:
+        spread, contexts = statistics.median(spreads), len({row[1] for row in rows})
+        draws = np.random.default_rng(0).normal(size=(10_000, contexts))
+        chance = 1 + spread / seeds**0.5 * np.ptp(draws, axis=1).mean()
+        ends = (
+            f"{name} {mine[-1] / mine[0]:.2f}"
+            for name, mine in by_mixer(rows, 4).items()
+            if name != "attention"
+        )
+        said.append(
+            f"A recurrent mixer's ratio has a spread of {spread:.2f}, in the middle: were all "
+            f"contexts alike, the slowest of {contexts} would still take about {chance:.2f} times "
+            f"as long as the quickest. The last context over the first: {', '.join(ends)}."
+        )
     theirs = {row[1]: row for row in rows if row[0] == "attention"}
     for column, what in ((2, "quicker"), (6, "smaller")):
         parts = []
