@@ -197,8 +197,8 @@ def draw(measured: Measured, path: Path) -> None:
     length = "length of a row (tokens)"
     ours, others = (rows[0][1] * rows[0][2] for rows in (*forms.values(),)[:: len(forms) - 1])
     speed = panels.Panel(
-        f"forward and backward: by chunks {ours:,} tokens a run, else {others:,}",
-        *(length, "tokens per second", lines(4, True), "xy"),
+        f"speed: by chunks {ours:,} tokens a run, else {others:,}",
+        *(length, "tokens per second, forward and backward", lines(4, True), "xy"),
     )
     memory = panels.Panel(
         "memory, forward and backward (compiled)", length, "kB per token", lines(7, False), "xy"
