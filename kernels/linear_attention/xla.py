@@ -315,7 +315,7 @@ def _scan(step, sizes, state, arrays, stacked=(), reverse=False):
 
 def _split(x, sizes):
     """(B, T, ...) -> (p n, b, t, ...): blocks of rows and steps, rows, tokens of a step."""
-    rows, tokens = min(sizes[0], x.shape[0]), sizes[1] * sizes[2]
+    rows, tokens = 1 if x.shape[0] == 1 else sizes[0], sizes[1] * sizes[2]
     blocks, steps = (x.shape[0] // rows if rows else 1), x.shape[1] // tokens
     return rearrange(x, "(p b) (n t) ... -> (p n) b t ...", p=blocks, b=rows, n=steps)
 
