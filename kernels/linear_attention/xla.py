@@ -278,7 +278,7 @@ _chunkwise.defvjp(_forward, _backward)
 
 
 def _scan(step, sizes, state, arrays, stacked=(), reverse=False):
-    """The last states, and what the steps return, stacked; reads in the order that it writes.
+    """The last states, and what the steps return, stacked.
 
     step(state, (*arrays, *stacked)) is of p blocks of rows, one after the other, and of each of n
     steps along its tokens: arrays (B or 1, T, ...), where 1 is for all rows, are cut into them;
