@@ -98,7 +98,7 @@ def by_value(task: RecallTask) -> float:
 def answer(rows: list[list]) -> str:
     """Of each mixer its smallest and its largest state; first those to which more is no help."""
     said, flat = [], []
-    for name in MIXER_NAMES.values():
+    for name in map(MIXER_NAMES.__getitem__, SIZES):
         mine = sorted((row for row in rows if row[0] == name), key=lambda row: row[2])
         ends = dict.fromkeys((row[2], row[3]) for row in (mine[0], mine[-1]))
         said.append(f"{name} " + " and ".join(f"{y:.0f} % in {x:,} bytes" for x, y in ends))
@@ -110,7 +110,7 @@ def answer(rows: list[list]) -> str:
 def draw(measured: Measured, path: Path) -> None:
     curves, right = measured["curves"], "held-out answers right (%)"
     by_state, by_pairs = (
-        {name: curves[f"{name} by {x}"] for name in MIXER_NAMES.values()}
+        {name: curves[f"{name} by {x}"] for name in map(MIXER_NAMES.__getitem__, SIZES)}
         for x in ("state", "pairs")
     )
     panels.draw(
