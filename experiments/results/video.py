@@ -135,9 +135,9 @@ def notes(tasks: dict, curves: dict) -> list[str]:
         f"{window // math.prod(attention.frame)} frames, and no later place of its own frame, "
         "which convolutions see. Its cache has room for that window only.",
         "How long a roll-out is of use was added as a measure once the errors at the end were "
-        "known: late frames that are sharp and in a wrong place have more error than a blur. At "
-        f"the end the last frame, copied, has an error of {ends[PLAIN[0]]:.3f}, the mean of all "
-        f"frames {ends[PLAIN[1]]:.3f}.",
+        "known: late frames whose digit has faded, as in the film strips, or stands in a wrong "
+        "place, have more error than a blur. At the end the last frame, copied, has an error of "
+        f"{ends[PLAIN[0]]:.3f}, the mean of all frames {ends[PLAIN[1]]:.3f}.",
         "Times are of one clip on one core, random weights, the quickest of "
         f"{rollouts.ROUNDS} calls, one model after another. The film strips are of one clip.",
     ]
