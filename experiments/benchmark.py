@@ -1,71 +1,108 @@
-"""Time and temporaries of each operation against a plain one, in one run on this machine.
+"""Time and memory of operations and models here, beside bounds and other libraries.
 
 python -m scanax.experiments.benchmark
-python -m scanax.experiments.benchmark --ops gla mamba --repeats 9 --out table.json
-python -m scanax.experiments.benchmark --ops grouped-8 grouped-64 --batch 1 --length 1024
-python -m scanax.experiments.benchmark --ops gla mamba2 --dtype bfloat16 --peers fla jla
+python -m scanax.experiments.benchmark --ops gla mamba --repeats 9
+python -m scanax.experiments.benchmark --ops --dtype bfloat16 --implementations xla
+python -m scanax.experiments.benchmark --models mamba2 llama --decode 1 8
+python -m scanax.experiments.benchmark --lengths 8192 65536
+python -m scanax.experiments.benchmark --compare runs/benchmark/benchmark.json
 
-The plain one is a scan token by token under automatic differentiation; for `attention` the whole
-matrix of scores, for the grouped matmuls (8 or 64 experts share the rows) `jax.lax.ragged_dot`.
+--ops, --models, --decode and --lengths choose what is measured, alone they mean all of theirs;
+without any of them all is. Figures are medians of runs that take turns, so that a machine that
+slows down slows all, ± half of what the middle half of them differ by. "both" is forward and
+backward, "over ours" times as long as ours. Bounds of operations are the least time that their
+bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
+measured of it in float32.
 
-Figures are medians of runs that alternate with the baseline's, so that a machine that slows down
-slows all; the ratio is to the baseline. Beside each stands the least time that its bytes or its
-arithmetic take: by what is published of the device in bfloat16, else by what is measured of it in
-float32. "both" is forward and backward. Peers are other libraries' kernels, on the same inputs.
+Peers are other libraries, each of which may be missing: fla (flash-linear-attention, on CUDA), jla
+(jax-linear-attention), transformers, torchscale; `pip install scanax[bench]` brings what of them
+installs together. "plain" is a scan token by token under automatic differentiation; for
+`attention` the whole matrix of scores, for the grouped matmuls `jax.lax.ragged_dot`.
 """
 
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # this folder's files must not shadow installed libraries
+from scanax.experiments import starting
 
+starting.begin(__name__)
+
+import contextlib
 import dataclasses
 import datetime
-import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
-from scanax.experiments import bounds, flags, peers, timing
-from scanax.experiments.problems import Problem, problems
-from scanax.kernels import attention, dispatch, grouped_matmul, linear_attention, selective_scan
+from scanax.experiments import bounds, flags, timing
+from scanax.experiments.benchmarks import lengths, models, operations, peers, pictures, whole_models
+from scanax.experiments.benchmarks.problems import problems
+from scanax.experiments.benchmarks.table import Rows, changes, markdown
+from scanax.kernels import (
+    attention,
+    diagonal_scan,
+    grouped_matmul,
+    linear_attention,
+    selective_scan,
+)
 
-Row = dict[str, str | float | None]
+KERNELS = (linear_attention, selective_scan, attention, diagonal_scan, grouped_matmul)
+TITLES = {
+    "ops": "Operations",
+    "models": "Training models",
+    "decode": "Decoding",
+    "lengths": "Lengths",
+}
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Time operations against a plain implementation under automatic differentiation."""
+    """Time operations and models beside their bounds and other libraries."""
 
-    ops: tuple[str, ...] = ("gla", "mamba2", "mamba", "aaren", "attention", "grouped-8")
-    """Which operations to time; retention and grouped-64 besides these."""
+    ops: tuple[str, ...] | None = None
+    """Operations: gla, mamba2, retention, mamba, aaren, convs5, attention, grouped-8, ..."""
+    models: tuple[str, ...] | None = None
+    """Models, whose training steps are timed: mamba, mamba2, llama, mixtral, retnet, gla,
+    lightning, aaren; 4 blocks, width 256, 256 tokens."""
+    decode: tuple[int, ...] | None = None
+    """Rows at once with which these models (all, without --models) decode."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens a row, at which the operations (without --ops all whose state does not grow) are
+    timed on equal numbers of tokens."""
     batch: int = 2
-    """Rows."""
+    """Rows of an operation."""
     length: int = 2048
-    """Tokens a row."""
+    """Tokens a row of an operation."""
     heads: int = 4
-    """Heads."""
+    """Heads of an operation."""
     width: int = 64
     """Features of a head's keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the inputs; decays, steps and states are float32."""
+    """Of the inputs of operations; decays, steps and states are float32."""
+    model_batch: int = 4
+    """Rows of a model."""
+    model_length: int = 512
+    """Tokens a row of a model."""
+    tokens: int = 128
+    """Tokens that are decoded."""
     repeats: int = 5
     """Timed runs of each; the median is reported."""
     implementations: tuple[str, ...] = ()
     """Further rows by these implementations, besides the one that dispatch chooses: xla, ..."""
-    peers: tuple[str, ...] = ()
-    """Further rows by other libraries, with --dtype bfloat16: fla, jla."""
-    baseline: bool = True
+    peers: tuple[str, ...] = tuple(peers.INSTALL)
+    """Further rows by other libraries; what is missing is a row that says so."""
+    plain: bool = True
     """Whether the plain one runs: it takes the most memory, and on an accelerator the most time."""
-    out: Path | None = None
-    """A file to write the table to as JSON (none: print only)."""
-    markdown: Path | None = None
-    """A file to write the table to as Markdown, with the machine, JAX's version and the date."""
+    one_core: bool = True
+    """Whether all keeps to one core of the CPU."""
+    compare: Path | None = None
+    """An earlier benchmark.json; the figures are also said as parts of what they were."""
+    out: Path = Path("runs/benchmark")
+    """Folder for benchmark.json, benchmark.md and plots."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -73,158 +110,162 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         config = flags.parse(Benchmark, None, args, "benchmark", __doc__ or "")
+        config = completed(config)
         check(config)
-        report(config)
+        old = earlier(config)
+        with timing.one_core() if config.one_core else contextlib.nullcontext():
+            report(config, old)
     except (ValueError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"benchmark: stopped; {config.out} has what was measured", file=sys.stderr)
+        return 1
     return 0
+
+
+def completed(config: Benchmark) -> Benchmark:
+    """With what a flag alone stands for, or all where none is given."""
+    every = {
+        "ops": tuple(problems(1, 1, 1, 1, config.dtype)),
+        "models": whole_models.NAMES,
+        "decode": (1, 8),
+        "lengths": LENGTHS,
+    }
+    none = all(getattr(config, name) is None for name in every)
+    full = {name: all_ for name, all_ in every.items() if none or getattr(config, name) == ()}
+    return dataclasses.replace(config, **full)
 
 
 def check(config: Benchmark) -> None:
     """Raise a ValueError that names the first flag that cannot be."""
     allowed = {
         "ops": problems(1, 1, 1, 1, config.dtype),
+        "models": whole_models.NAMES,
         "implementations": dict.fromkeys(
-            name
-            for op in (linear_attention, selective_scan, attention, grouped_matmul)
-            for name in sys.modules[op.__module__].IMPLEMENTATIONS
+            name for op in KERNELS for name in sys.modules[op.__module__].IMPLEMENTATIONS
         ),
         "peers": peers.INSTALL,
     }
     for flag, known in allowed.items():
-        for name in getattr(config, flag):
+        for name in getattr(config, flag) or ():
             if name not in known:
                 raise ValueError(f"--{flag} {name}: not one of {', '.join(known)}")
-    for name in ("batch", "length", "heads", "width", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
-    if config.peers and config.dtype != "bfloat16":
-        raise ValueError("--peers: their kernels are for bfloat16; add --dtype bfloat16")
-    for file in (config.out, config.markdown):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.absolute().parent}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number < 1:
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} {number} must be at least 1")
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out} is not a folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("the package matplotlib is missing: pip install 'scanax[bench]'") from None
 
 
-def report(config: Benchmark) -> None:
-    """Print the table, and write it after each operation."""
-    kind, (device, whose) = jax.devices()[0].device_kind, bounds.here()
-    about = (
-        f"{kind}, jax {jax.__version__}, {datetime.date.today()}, B={config.batch} "
-        f"T={config.length} H={config.heads} K=V={config.width} {config.dtype}"
+def earlier(config: Benchmark) -> dict[str, Any]:
+    """The table to compare with; {} if none is asked for."""
+    if config.compare is None:
+        return {}
+    try:
+        old = json.loads(config.compare.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--compare {config.compare}: {error}") from None
+    if not isinstance(old, dict) or not isinstance(old.get("sizes"), dict):
+        raise ValueError(f"--compare {config.compare} is not a benchmark.json")
+    for name, value in sizes(config).items():
+        if old["sizes"].get(name) != value:
+            raise ValueError(
+                f"--compare {config.compare} is of {name}={old['sizes'].get(name)}, this of {value}"
+            )
+    return old
+
+
+def sizes(config: Benchmark) -> dict[str, Any]:
+    """What has to be equal for figures of one name to be of one thing."""
+    names = "batch", "length", "heads", "width", "dtype", "model_batch", "model_length", "tokens"
+    return {name: getattr(config, name) for name in names}
+
+
+def report(config: Benchmark, old: dict[str, Any]) -> None:
+    """Print the tables, and write them and their plots after each operation or model."""
+    device, whose = bounds.here()
+    about = {
+        "machine": timing.machine(timing.cores() if config.one_core else timing.available()),
+        "date": str(datetime.date.today()),
+        "bounds": f"{device.memory:.3g} bytes and {device.flops:.3g} operations a second ({whose})",
+        "sizes": sizes(config),
+    }
+    found: dict[str, Rows] = {}
+    print("\n".join(introduction(about)), flush=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    for section, rows in measured(config, device):
+        print("\n".join(["", *markdown(rows)]), flush=True)
+        found[section] = found.get(section, {}) | rows
+        write(config.out / "benchmark.json", json.dumps(about | found, indent=1))
+        write(config.out / "benchmark.md", "\n".join(text(about, found, old)))
+        pictures.draw(config.out, section, found[section], about["machine"])
+    print(
+        "\n".join(["", *compared(found, old), f"{config.out}: benchmark.json, benchmark.md, plots"])
     )
-    rates = (
-        f"Bounds: {device.memory:.3g} bytes and {device.flops:.3g} operations a second ({whose})."
-    )
-    sizes = config.batch, config.length, config.heads, config.width
-    chosen = problems(*sizes, jnp.dtype(config.dtype))
-    table: dict[str, Row] = {}
-    lines, notes = [], []
-    print(f"{about}\n{rates}")
-    for op in config.ops:
-        rows, said = compare(op, chosen[op](), config, device)
-        more = header(next(iter(rows.values()))) if rows and not lines else []
-        more += [line(name, row) for name, row in rows.items()]
-        said = [note for note in said if note not in notes]
-        table, lines, notes = table | rows, lines + more, notes + said
-        print("\n".join(more), flush=True)
-        for note in said:
-            print(note, file=sys.stderr, flush=True)
-        if config.out:
-            config.out.write_text(json.dumps({"device": kind, "ops": table}, indent=1))
-        if config.markdown:
-            below = "".join(f"\n- {note}" for note in notes)
-            text = "\n".join([about, "", *lines, "", rates]) + "\n" + below + "\n" * bool(below)
-            config.markdown.write_text(text)
 
 
-def compare(
-    op: str, problem: Problem, config: Benchmark, device: bounds.Device
-) -> tuple[dict[str, Row], list[str]]:
-    """The rows of an operation, and what is to be said of those that are not there."""
-    wait, said = jax.block_until_ready, []
-    calls, temporaries, ran, outputs = {}, {}, {}, {}
+def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Rows]]:
+    """(section, rows) of an operation or a model after the other."""
+    shape, dtype = (config.heads, config.width), jnp.dtype(config.dtype)
 
-    def ready(name, run):
-        with dispatch.record() as record:
-            pair = [timing.compiled(f, problem.arguments) for f in (run, timing.both(run))]
-        for program in pair:  # once before anything is noted of it
-            wait(program(*problem.arguments))
-        ran[name] = ", ".join(dict.fromkeys(who for _, who in record))
-        temporaries[name] = pair[1].memory_analysis().temp_size_in_bytes / 1e6
-        for i, program in enumerate(pair):
-            call = functools.partial(program, *problem.arguments)
-            calls[name, i] = functools.partial(timing.seconds, call, wait)
+    def rounds(what):
+        bar = tqdm.tqdm(total=config.repeats, desc=what, leave=False, disable=None)
+        with bar:
+            yield from timing.rounds(config.repeats, bar)
 
-    def attempt(name, run, what):
-        try:
-            ready(name, run)
-        except NotImplementedError as error:
-            said.append(f"{what}: {error}")
-        except jax.errors.JaxRuntimeError as error:  # it does not fit this device, say
-            said.append(f"{what}: {str(error).splitlines()[0]}")
-
-    attempt(op, problem.ours, op)
-    for which in config.implementations:
-        if which != ran.get(op):
-            run = functools.partial(problem.ours, implementation=which)
-            attempt(f"{op} {which}", run, f"{op} {which}")
-    if config.baseline:
-        attempt("", problem.plain, f"{op}, the plain one")
-    for which in config.peers:
-        try:
-            peer = peers.prepare(which, op, problem.arguments)
-        except peers.Absent as error:
-            said.append(f"{which}: {error}")
-            continue
-        name = f"{op} {which}"
-        ran[name], outputs[name] = peer.implementation, peer.output()
-        if peer.temporaries is not None:
-            temporaries[name] = peer.temporaries / 1e6
-        for i, call in enumerate((peer.forward, peer.both)):
-            calls[name, i] = functools.partial(timing.seconds, call, peer.wait)
-    if outputs:
-        y = np.asarray(jax.jit(problem.ours)(*problem.arguments)[0], np.float32)
-        for name, theirs in outputs.items():
-            error = np.sqrt(np.mean((theirs - y) ** 2) / np.mean(y**2))
-            if not error < 0.02:
-                said.append(f"{name}: its outputs differ from ours by {error:.2g} of their size")
-
-    bar = tqdm.tqdm(range(config.repeats), desc=op, leave=False, disable=None)
-    median = timing.medians(calls, bar)
-    shapes = jax.eval_shape(problem.ours, *problem.arguments)
-    least = bounds.least(device, problem.flops, problem.arguments, shapes)
-
-    def figures(name: str) -> Row:
-        return {
-            "implementation": ran[name],
-            "forward_ms": median[name, 0],
-            "forward_bound_ms": 1e3 * least[0],
-            "forward_ratio": ratio(median, (name, 0), ("", 0)),
-            "both_ms": median[name, 1],
-            "both_bound_ms": 1e3 * least[1],
-            "both_ratio": ratio(median, (name, 1), ("", 1)),
-            "temporaries_mb": temporaries.get(name),
-            "temporaries_ratio": ratio(temporaries, name, ""),
-        }
-
-    return {name: figures(name) for name in ran if name}, said
+    made = problems(config.batch, config.length, *shape, dtype)
+    for op in config.ops or ():
+        more = config.implementations, config.peers, config.plain
+        yield "ops", operations.measure(op, made[op](), device, rounds(op), *more)
+    for name in config.models or ():
+        size = config.model_batch, config.model_length
+        yield "models", models.train(name, *size, rounds(name), config.peers)
+    for rows in config.decode or ():
+        for name in config.models or whole_models.NAMES:
+            what = f"{name}, {rows} rows"
+            size = rows, config.tokens
+            yield "decode", models.decode(name, *size, device, rounds(what), config.peers)
+    for op in (config.ops or lengths.OPS) if config.lengths else ():
+        if op in lengths.OPS:
+            yield "lengths", lengths.measure(op, config.lengths, *shape, dtype, rounds(op))
 
 
-def ratio(table: dict, key: Any, plain: Any) -> float | None:
-    """To the baseline's figure, where there are both."""
-    return table[key] / table[plain] if key in table and table.get(plain) else None
+def introduction(about: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{name} {value}" for name, value in about["sizes"].items())
+    return [f"{about['machine']}, {about['date']}; {sizes}.", f"Bounds: {about['bounds']}."]
 
 
-def header(row: Row) -> list[str]:
-    """The names of a row's columns, as Markdown."""
-    return ["| operation | " + " | ".join(row) + " |", "|---" * (len(row) + 1) + "|"]
+def text(about: dict[str, Any], found: dict[str, Rows], old: dict[str, Any]) -> list[str]:
+    """The tables of all sections, and of what changed."""
+    lines = introduction(about)
+    for section, rows in found.items():
+        lines += ["", f"## {TITLES[section]}", "", *markdown(rows)]
+    return [*lines, *compared(found, old), ""]
 
 
-def line(name: str, row: Row) -> str:
-    """A row, as Markdown."""
-    cells = ("" if x is None else x if isinstance(x, str) else f"{x:.3g}" for x in row.values())
-    return f"| {name} | " + " | ".join(cells) + " |"
+def compared(found: dict[str, Rows], old: dict[str, Any]) -> list[str]:
+    """Times and memory of rows that both have, as parts of what they were."""
+    lines = []
+    for section, rows in found.items() if old else ():
+        rows = changes(rows, old.get(section, {}))
+        title = f"## {TITLES[section]}: as parts of what {old['date']} had on {old['machine']}"
+        lines += ["", title, "", *markdown(rows)] if rows else []
+    return lines
+
+
+def write(path: Path, content: str) -> None:
+    """The whole file, or the one of before."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(content, "utf-8")
+    os.replace(new, path)
 
 
 if __name__ == "__main__":

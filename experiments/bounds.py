@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from . import timing
 
 T = TypeVar("T")
+PRODUCT = 2 * 1024**3  # operations of a product whose rate counts as the device's
 
 
 class Device(NamedTuple):
@@ -52,16 +54,22 @@ def measured() -> Device:
 
     Arrays that stay in a CPU's cache can be quicker than that.
     """
-    x, y = jnp.ones((1024, 1024), jnp.float32), jnp.ones(1 << 25, jnp.float32)
-    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
-    multiply = min(timing.seconds(lambda: product(x)) for _ in range(10))
+    y, multiply = jnp.ones(1 << 25, jnp.float32), product()
+    seconds = min(multiply() for _ in range(10))
     stream = jax.jit(lambda y: y + 1, donate_argnums=0)  # into memory that there is already
     spent = []
     for _ in range(11):
         begun = time.perf_counter()
         y = jax.block_until_ready(stream(y))
         spent.append(time.perf_counter() - begun)
-    return Device(2 * 1024**3 / multiply, 2 * y.nbytes / min(spent[1:]))
+    return Device(PRODUCT / seconds, 2 * y.nbytes / min(spent[1:]))
+
+
+def product() -> Callable[[], float]:
+    """What says the seconds of a product of PRODUCT operations."""
+    x = jnp.ones((1024, 1024), jnp.float32)
+    multiply = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    return lambda: timing.seconds(lambda: multiply(x))
 
 
 def least(device: Device, flops: int, arguments: Any, outputs: Any) -> tuple[float, float]:

@@ -12,8 +12,9 @@ python -m scanax.experiments.evaluate --checkpoint runs/recall-mqar
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    sys.path.pop(0)  # this file must not stand before the library `evaluate`
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import dataclasses
 import json

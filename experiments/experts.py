@@ -4,11 +4,11 @@ python -m scanax.experiments.experts moe --mesh expert=8 --emulate-devices 8 --m
 python -m scanax.experiments.experts moe --mesh expert=16 --tflops 197 --link-gbs 200
 """
 
-import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # this folder's files must not shadow installed libraries
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import dataclasses
 import math

@@ -4,11 +4,11 @@ python -m scanax.experiments.export --checkpoint runs/mine --out published/mine
 python -m scanax.experiments.export --checkpoint runs/tuned --out published/tuned --like original/
 """
 
-import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    sys.path.pop(0)  # else experiments/evaluate.py stands before the library of that name
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import dataclasses
 import json

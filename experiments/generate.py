@@ -4,11 +4,11 @@ python -m scanax.experiments.generate --checkpoint runs/stdlib --prompt "def " -
 python -m scanax.experiments.generate --checkpoint published/llama --prompt "Once" --dtype bfloat16
 """
 
-import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    sys.path.pop(0)  # else experiments/evaluate.py stands before the library of that name
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import dataclasses
 import math

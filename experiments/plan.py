@@ -13,8 +13,9 @@ XLA's CPU compiler plans; an accelerator's keeps activations in another layout a
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # this folder's files must not shadow installed libraries
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import dataclasses
 import importlib.util

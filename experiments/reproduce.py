@@ -11,14 +11,14 @@ commands at once would share the cores that each believes its own.
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    del sys.path[0]  # this folder's files must not shadow installed libraries
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import contextlib
 import dataclasses
 import datetime
 import json
-import platform
 import re
 import signal
 import time
@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 from scanax.experiments import flags, results, sections, timing, trained
 from scanax.experiments.results import Measured, Setting
@@ -159,7 +158,7 @@ def measure(name: str, config: Reproduce) -> Measured:
     experiment = results.find(name)
     kept = config.out / "runs" / name if config.small and config.out else RUNS / name
     with timing.one_core():  # JAX begins its threads here, and experiments time some things
-        what = machine(config.jobs)
+        what = timing.machine(timing.cores(), config.jobs)
     with spending(kept, what) as spent:
         found = experiment.run(Setting(config.seeds, config.small, config.jobs, kept))
     return {
@@ -198,18 +197,6 @@ def command(name: str, config: Reproduce) -> str:
     seeds = () if config.seeds == Reproduce.seeds else ("--seeds", *map(str, config.seeds))
     small = ("--small", "--out", "DIR") if config.small else ()
     return " ".join(["python -m scanax.experiments.reproduce", name, *seeds, *small])
-
-
-def machine(jobs: int) -> str:
-    """`AMD EPYC 9554, 1 core, jax 0.10.2`; other devices than the CPU by their kind."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (model := re.search(r"model name\s*: (.*)", info.read_text("utf-8"))):
-        cpu = model[1]
-    count, device = timing.cores(), jax.devices()[0]
-    what = f"{cpu}, {count} core" + "s" * (count > 1)
-    what += f" each for {jobs} runs at a time" if jobs > 1 else ""
-    what += f", {device.device_kind}" if device.platform != "cpu" else ""
-    return f"{what}, jax {jax.__version__}"
 
 
 def write(path: Path, content: str) -> None:

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,13 +63,26 @@ def rounds(count: int, bar: Any) -> Iterator[int]:
         bar.update()
 
 
-def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dict[Any, float]:
-    """Median milliseconds; in each round every call says its seconds once, so all drift alike."""
+def turns(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dict[Any, list[float]]:
+    """Milliseconds; in each round every call says its seconds once, so all drift alike."""
     spent: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in rounds:
         for name, call in calls.items():
-            spent[name].append(call())
-    return {name: 1e3 * statistics.median(times) for name, times in spent.items()}
+            spent[name].append(1e3 * call())
+    return spent
+
+
+def medians(calls: dict[Any, Callable[[], float]], rounds: Iterable[int]) -> dict[Any, float]:
+    """Median milliseconds of calls that take turns."""
+    return {name: statistics.median(times) for name, times in turns(calls, rounds).items()}
+
+
+def spread(times: list[float]) -> float:
+    """Half of what the middle half of them differ by; 0 of one."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2
 
 
 @contextlib.contextmanager
@@ -95,3 +111,15 @@ def available() -> int:
 def cores() -> int:
     """How many cores a computation within `one_core` has."""
     return 1 if CHOOSES else available()
+
+
+def machine(cores: int, jobs: int = 1) -> str:
+    """`AMD EPYC 9554, 1 core, jax 0.10.2`; other devices than the CPU by their kind."""
+    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (model := re.search(r"model name\s*: (.*)", info.read_text("utf-8"))):
+        cpu = model[1]
+    device = jax.devices()[0]
+    what = f"{cpu}, {cores} core" + "s" * (cores > 1)
+    what += f" each for {jobs} runs at a time" if jobs > 1 else ""
+    what += f", {device.device_kind}" if device.platform != "cpu" else ""
+    return f"{what}, jax {jax.__version__}"

@@ -9,8 +9,9 @@ once the run is at its end, final.json.
 import os
 import sys
 
-if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
-    sys.path.pop(0)  # else experiments/evaluate.py stands before the library of that name
+from scanax.experiments import starting
+
+starting.begin(__name__)
 
 import contextlib
 import dataclasses

@@ -3,6 +3,8 @@
 import jax
 from jaxtyping import Array, Float
 
+from . import keep
+
 PLAIN = ("NHWC", "HWIO", "NHWC")
 
 
@@ -46,7 +48,7 @@ def _backward(kept, ct):
     return dx, jax.lax.platform_dependent(x, ct, cpu=moved, default=named)
 
 
-_same.defvjp(_forward, _backward)
+_same.defvjp(keep.rule(_forward), _backward)
 
 
 def _around(kernel):

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import keep
 from ..sharding import matmul, mesh, pipeline, schedule
 from .block import abstract, norm, runs, stack, stream_dtype
 from .config import BackboneConfig
@@ -15,7 +16,7 @@ from .pattern import FRAMES, parse
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": keep.POLICY,
 }
 BLOCK = "the output of a block"
 # A pipeline keeps the same of each block, by one policy for all that a stage does in a tick.

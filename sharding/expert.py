@@ -150,7 +150,6 @@ def _local(
     rooms, holds = _rooms(plan, tokens, most, chosen.shape[1], ladder)
     branches = tuple(functools.partial(_there_and_back, compute, plan, room) for room in rooms)
 
-    @functools.partial(jax.checkpoint, policy=KEPT)
     def used(x, kernels, trip):
         kernels = {name: _gathered(plan, w, x.dtype) for name, w in kernels.items()}
         if holds and len(rooms) == 1:
@@ -159,6 +158,8 @@ def _local(
         rung = (load > jnp.array(rooms[:-1], jnp.int32)).sum(dtype=jnp.int32)
         return _one_of(branches, rooms[-1], rung, load, (x, kernels), trip)
 
+    if any(_gathers(plan, w.ndim) for w in kernels.values()):
+        used = jax.checkpoint(used, policy=KEPT)
     y: Any = used(x, kernels, trip)
     weights = jnp.where(trip.kept, weights, 0)
     y = jnp.einsum("nkd,nk->nd", y.astype(weights.dtype), weights, precision="highest")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import monoid, pallas
+from .. import keep, monoid, pallas
 from ..dispatch import late
 from ..monoid import LOWEST
 
@@ -169,4 +169,4 @@ def _values(device, s, v, state, reset):
 
 
 _scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import dispatch, pallas, tuned
+from .. import dispatch, keep, pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import column, index
 from ..pallas import dot as product
@@ -221,4 +221,4 @@ def _values(how, s, v, state, segment):
 
 
 _scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import tuned
+from .. import keep, tuned
 from ..monoid import LOWEST
 from . import tiles
 
@@ -95,7 +95,7 @@ def _backward(scale, chunk, residuals, cotangents):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), state, None
 
 
-_fixed_query.defvjp(_forward, _backward)
+_fixed_query.defvjp(keep.rule(_forward), _backward)
 
 
 def _chunk(scaled, tokens, state):

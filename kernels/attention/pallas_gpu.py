@@ -23,7 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from .. import dispatch, pallas, tuned
+from .. import dispatch, keep, pallas, tuned
 from . import tiles, xla
 
 OWN, WIDEST = 128, 256  # tokens of the tile that a program owns; features of a head
@@ -146,7 +146,7 @@ def _backward(how, residuals, cotangents):
     return *_gradients((*how[:2], q.dtype), *slope), None, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(keep.rule(_forward), _backward)
 
 
 def whole(x, fill=0):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from .. import dispatch, pallas, tuned
+from .. import dispatch, keep, pallas, tuned
 from ..monoid import LOWEST
 from ..pallas import dot
 from . import decode_pallas_tpu, tiles, xla
@@ -366,4 +366,4 @@ def _attention(how, q, k, v, first, last, kv_index):
     return _forward(how, q, k, v, first, last, kv_index)[0]
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(keep.rule(_forward), _backward)

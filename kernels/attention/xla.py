@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import tuned
+from .. import keep, tuned
 from ..monoid import LOWEST
 from . import decode_xla, tiles
 
@@ -89,17 +89,14 @@ def delta(y, dy, dlse):
 
 
 def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
-    """dS = P (dP - delta): once by rows of tiles for dq, once by columns for dk and dv.
-
-    Two passes, since adding to a shared dq from columns that run at once would have no fixed order.
-    """
+    """dS = P (dP - delta) by columns of tiles, of which each adds to the dq of its rows."""
     block = block or tuned.size("attention", "xla", BLOCK, **tiles.features(q, v))
     exact, groups, sizes = lse.dtype, k.shape[2], _sizes(q, k, block)
     dy = dy.astype(q.dtype)
     bad = ~(jnp.isfinite(q).all(-1) & jnp.isfinite(dy).all(-1) & jnp.isfinite(delta))[..., None]
     sides = jnp.where(bad, jnp.nan, q), jnp.where(bad, 0, q), jnp.where(bad, 0, dy), lse, delta
     queries = (*(_heads(x, groups, sizes[0]) for x in sides),)
-    keys, key_extent = _keys(k, v, kv_index, sizes[1])
+    keys, _ = _keys(k, v, kv_index, sizes[1])
     interval, query_extent = tiles.intervals(first, last, sizes[0])
 
     def tile(query, key):
@@ -111,32 +108,28 @@ def gradients(q, k, v, dy, lse, delta, first, last, kv_index, scale, block):
         ds = p * (tiles.dot("bgrtv,bgsv->bgrts", dy, v) - delta[..., None])
         return p, jnp.where(see, ds, 0).astype(q.dtype)
 
-    def row(query):
-        def column(j, dq):
-            key = _tile(keys, j)
-            return dq + tiles.dot("bgrts,bgsk->bgrtk", tile(query, key)[1], key[1])
-
-        span = tiles.span(*key_extent, query[-2].min(-1), query[-1].max(-1))
-        return jax.lax.fori_loop(*span, column, jnp.zeros(query[0].shape, exact))
-
-    def column(key):
+    def column(dq, key):
         def row(i, carry):
-            dk, dv = carry
+            dq, dk, dv = carry
             query = _tile((*queries, *interval), i)
             p, ds = tile(query, key)
             dk = dk + tiles.dot("bgrts,bgrtk->bgsk", ds, query[1])
-            return dk, dv + tiles.dot("bgrts,bgrtv->bgsv", p.astype(ds.dtype), query[2])
+            dv = dv + tiles.dot("bgrts,bgrtv->bgsv", p.astype(ds.dtype), query[2])
+            more = _tile(dq, i) + tiles.dot("bgrts,bgsk->bgrtk", ds, key[1])
+            return jax.lax.dynamic_update_index_in_dim(dq, more, i, 0), dk, dv
 
         _, _, v, index = key
         zeros = jnp.zeros(key[0].shape, exact), jnp.zeros(v.shape, exact)
-        return jax.lax.fori_loop(*tiles.span(*query_extent, *tiles.extent(index)), row, zeros)
+        span = tiles.span(*query_extent, *tiles.extent(index))
+        dq, *grads = jax.lax.fori_loop(*span, row, (dq, *zeros))
+        return dq, grads
 
-    dq = jax.lax.map(row, (*queries, *interval))
-    dk, dv = (_join(x[:, :, :, None], k.shape[1]) for x in jax.lax.map(column, keys))
+    dq, grads = jax.lax.scan(column, jnp.zeros(queries[0].shape, exact), keys)
+    dk, dv = (_join(x[:, :, :, None], k.shape[1]) for x in grads)
     return scale * _join(dq, q.shape[1]), scale * dk, dv
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(keep.rule(_forward), _backward)
 
 
 def visits(first, last, kv_index, block=BLOCK):
@@ -150,7 +143,7 @@ def visits(first, last, kv_index, block=BLOCK):
         return (high - low).sum()
 
     rows = total(key_extent, interval[0].min(-1), interval[1].max(-1))
-    return rows, rows + total(query_extent, *key_extent)
+    return rows, total(query_extent, *key_extent)
 
 
 def _sizes(q, k, block):

@@ -25,6 +25,7 @@ more and smaller steps take as long. A bfloat16 x is read back rounded, by the d
 import jax
 import jax.numpy as jnp
 
+from .. import keep
 from .reference import exp, times
 
 
@@ -87,7 +88,7 @@ def _backward(residuals, cotangents):
 
 
 _scan = jax.custom_vjp(_values)
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)
 
 
 def _decays(log):

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 
+from .. import keep
+
 
 def differentiable(product: Callable, outer: Callable) -> Callable:
     """grouped_matmul(x, w, sizes, transpose) with first-order reverse mode.
@@ -21,5 +23,5 @@ def differentiable(product: Callable, outer: Callable) -> Callable:
         return dx, outer(*pair, sizes, w.dtype), None
 
     run = jax.custom_vjp(product, nondiff_argnums=(3,))
-    run.defvjp(forward, backward)
+    run.defvjp(keep.rule(forward), backward)
     return run

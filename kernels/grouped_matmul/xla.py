@@ -1,13 +1,14 @@
 """The grouped matmul in blocks of rows, each of one group, one after the other.
 
 A group is cut from its first row into blocks of H rows, its last one shorter: at most M / H + E
-blocks, which bounds a loop whose blocks past the last are skipped. A short block takes the least of
-four heights that holds it, so that little is computed for nothing, and is put into a frame of H
-rows, of which only the block's own are kept. Nothing is padded, sorted or gathered; beside the
-result there is one group's w, or one group's gradient, at a time.
+blocks, and a loop over as many as there are. A short block takes the least of four heights that
+holds it, so that little is computed for nothing, and is put into a frame of H rows, of which only
+the block's own are kept. Nothing is padded, sorted or gathered; beside the result there is one
+group's w, or one group's gradient, at a time.
 
-XLA for CPUs updates an array in place in a conditional of two branches and copies it in one of
-more, so that the choice of the height returns a frame and the skipping goes round the update.
+XLA for CPUs copies an array that is updated in one of several branches, so that the choice of the
+height returns a frame. The loop's length is data: in a scan, whose length is not, a policy of
+`jax.checkpoint` that keeps what the body computes would keep the whole result once a block.
 """
 
 from functools import partial
@@ -28,9 +29,8 @@ def heights(rows: int, groups: int) -> list[int]:
 
 
 def blocks(sizes, rows: int, heights: list[int]):
-    """group, first row, row past the last and index of the height, of every block: (blocks,) each.
-
-    Blocks past the last are empty.
+    """How many blocks there are, and of each group, first row, row past the last and index of the
+    height: arrays with room for as many as there may be.
     """
     groups, whole = sizes.shape[0], heights[-1]
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
@@ -38,22 +38,22 @@ def blocks(sizes, rows: int, heights: list[int]):
     until = jnp.cumsum(number, dtype=jnp.int32)
     block = jnp.arange(rows // whole + min(groups, rows), dtype=jnp.int32)
     group = jnp.sum(until[None] <= block[:, None], axis=1, dtype=jnp.int32)
-    none, group = group == groups, jnp.minimum(group, groups - 1)
+    group = jnp.minimum(group, groups - 1)
     start = (ends - sizes)[group] + (block - (until - number)[group]) * whole
-    stop = jnp.where(none, start, jnp.minimum(start + whole, ends[group]))
+    stop = jnp.minimum(start + whole, ends[group])
     shorter = jnp.asarray(heights[:-1], jnp.int32)
     kind = jnp.sum((stop - start)[:, None] > shorter, axis=1, dtype=jnp.int32)
-    return group, start, stop, kind
+    return until[-1], (group, start, stop, kind)
 
 
 def over_blocks(write, result, blocks):
-    """`write(result, block)` for every block that has a row."""
+    """`write(result, block)` for every block, one after the other."""
+    count, blocks = blocks
 
-    def body(result, block):
-        _, start, stop, _ = block
-        return jax.lax.cond(start < stop, write, lambda result, _: result, result, block), None
+    def body(i, result):
+        return write(result, [x[i] for x in blocks])
 
-    return jax.lax.scan(body, result, blocks)[0]
+    return jax.lax.fori_loop(0, count, body, result)
 
 
 def take(x, start, height):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import pallas
+from .. import keep, pallas
 from ..dispatch import late
 from . import xla
 
@@ -218,4 +218,4 @@ def _values(device, q, k, v, log, state, reset):
 
 
 _chunkwise = jax.custom_vjp(_values, nondiff_argnums=(0,))
-_chunkwise.defvjp(_forward, _backward)
+_chunkwise.defvjp(keep.rule(_forward), _backward)

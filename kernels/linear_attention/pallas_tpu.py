@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import pallas, tuned
+from .. import keep, pallas, tuned
 from ..pallas import column, diagonal, index
 from ..pallas import dot as product
 from .xla import features
@@ -330,4 +330,4 @@ def _values(device, size, q, k, v, log, state, segment):
 
 
 _chunkwise = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
-_chunkwise.defvjp(_forward, _backward)
+_chunkwise.defvjp(keep.rule(_forward), _backward)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from .. import tuned
+from .. import keep, tuned
 from ..dispatch import target
 from ..pallas import collect
 
@@ -274,7 +274,7 @@ def _outputs(sizes, q, k, v, log_decay, state, reset):
 
 
 _chunkwise = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
-_chunkwise.defvjp(_forward, _backward)
+_chunkwise.defvjp(keep.rule(_forward), _backward)
 
 
 def _scan(step, sizes, state, arrays, stacked=(), reverse=False):

@@ -14,7 +14,7 @@ summed.
 import jax
 import jax.numpy as jnp
 
-from .. import pallas
+from .. import keep, pallas
 from ..dispatch import late
 
 CHANNELS = 128
@@ -95,4 +95,4 @@ def _values(device, size, u, delta, A, B, C, D, state, begins):
 
 
 _scan = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)

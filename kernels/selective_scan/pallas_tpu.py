@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from .. import pallas, tuned
+from .. import keep, pallas, tuned
 from ..pallas import index, over_chunks, shape
 from .xla import features
 
@@ -274,4 +274,4 @@ def _values(device, plan, u, delta, A, B, C, D, state, reset):
 
 
 _scan = jax.custom_vjp(_values, nondiff_argnums=(0, 1))
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)

@@ -18,7 +18,7 @@ nan, so that packed documents need no further isolation.
 import jax
 import jax.numpy as jnp
 
-from .. import tuned
+from .. import keep, tuned
 
 CHUNK = 32  # 16 to 64 take the same time on a CPU
 
@@ -108,7 +108,7 @@ def _backward(chunk, residuals, cotangents):
 
 
 _scan = jax.custom_vjp(_values, nondiff_argnums=(0,))
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(keep.rule(_forward), _backward)
 
 
 def _step(A, h, delta, delta_u, B):

@@ -1,5 +1,8 @@
-"""The benchmark's table has a row for every operation; nothing is asserted about time."""
+"""The benchmark's tables have a row for everything; nothing is asserted about time."""
 
+import dataclasses
+import functools
+import importlib
 import json
 import sys
 import types
@@ -8,12 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scanax.experiments import benchmark, bounds, peers, timing
-from scanax.experiments.problems import problems
+from flax import nnx
+from scanax.experiments import benchmark, bounds, timing
+from scanax.experiments.benchmarks import lengths, memory, peers, whole_models
+from scanax.experiments.benchmarks.problems import of_model, problems
+from scanax.experiments.benchmarks.table import changes, markdown
+from scanax.layers.attention import AttentionConfig
+from scanax.layers.gla import GLAConfig
+from scanax.models import LM, LMConfig, split
 
-SHAPE = ("--batch", "1", "--length", "12", "--heads", "2", "--width", "8", "--repeats", "1")
-NUMBERS = {"forward_ms", "forward_bound_ms", "both_ms", "both_bound_ms", "temporaries_mb"}
-RATIOS = {"forward_ratio", "both_ratio", "temporaries_ratio"}
+SHAPE = ("--batch", "1", "--length", "12", "--heads", "2", "--width", "8", "--repeats", "2")
+MODEL = ("--model-batch", "1", "--model-length", "5", "--tokens", "3", "--repeats", "1")
+NUMBERS = {
+    *("forward_ms", "forward_bound_ms", "forward_over_ours"),
+    *("both_ms", "both_bound_ms", "both_over_ours", "temporaries_mb", "compile_s"),
+}
+SPREADS = {"forward_ms_spread", "both_ms_spread"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,32 +35,43 @@ def a_device(monkeypatch):
     monkeypatch.setattr(bounds, "measured", lambda: bounds.Device(1e9, 1e9))
 
 
-def table(tmp_path, *flags):
-    out = tmp_path / "table.json"
-    assert benchmark.main([*SHAPE, *flags, "--out", str(out)]) == 0
-    return json.loads(out.read_text())["ops"]
+def tables(tmp_path, *flags):
+    """What is in the file afterwards; libraries are not looked for unless they are named."""
+    named = () if "--peers" in flags else ("--peers",)
+    assert benchmark.main([*SHAPE, *flags, *named, "--out", str(tmp_path / "out")]) == 0
+    return json.loads((tmp_path / "out" / "benchmark.json").read_text())
 
 
-@pytest.mark.parametrize("op", ["grouped-8", "grouped-64", "attention", "retention"])
-def test_a_row_of_an_operation(op, tmp_path, capsys):
-    row = table(tmp_path, "--ops", op)[op]
-    assert row.keys() == NUMBERS | RATIOS | {"implementation"}
-    assert row.pop("implementation") == "xla"
-    assert min(row.values()) > 0
+@pytest.mark.parametrize("op", ["grouped-8", "grouped-64", "attention", "retention", "convs5"])
+def test_rows_of_an_operation(op, tmp_path, capsys):
+    rows = tables(tmp_path, "--ops", op)["ops"]
+    assert list(rows) == [op, f"{op} plain"]
+    for row in rows.values():
+        assert min(row.pop(name) for name in SPREADS) >= 0
+    ours, plain = rows.values()
+    assert ours.keys() | {"error"} == plain.keys() == NUMBERS | {"implementation", "error"}
+    assert ours.pop("implementation") == "xla" and plain.pop("implementation") == ""
+    assert min(ours.values()) > 0 and ours["both_over_ours"] == 1
+    assert 0 <= plain.pop("error") < 1e-5 and min(plain.values()) > 0
     assert f"| {op} | xla |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "ops.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_of_implementations(tmp_path, capsys):
-    """Further ones in the same run; the one that dispatch chose is not timed twice."""
-    which = ("xla", "reference", "pallas_tpu")
-    rows = table(tmp_path, "--ops", "gla", "--implementations", *which, "--no-baseline")
-    ran = {name: row["implementation"] for name, row in rows.items()}
-    assert ran == {"gla": "xla", "gla reference": "reference"}
-    assert all(rows["gla"][name] is None for name in RATIOS)
-    assert "gla pallas_tpu: no implementation of linear_attention takes" in capsys.readouterr().err
+def test_rows_of_implementations(tmp_path):
+    """Further ones in the same run; one that does not take the call is a row that says so."""
+    which = ("reference", "pallas_tpu")
+    rows = tables(tmp_path, "--ops", "gla", "--implementations", *which, "--no-plain")["ops"]
+    assert list(rows) == ["gla", "gla reference", "gla pallas_tpu"]
+    assert [row.get("implementation") for row in rows.values()] == ["xla", "reference", None]
+    note = rows["gla pallas_tpu"]["note"]
+    assert note.startswith(
+        "none: no implementation of linear_attention takes this call: pallas_tpu"
+    )
 
 
-@pytest.mark.parametrize("op", ["gla", "mamba2", "retention", "mamba", "aaren", "attention"])
+@pytest.mark.parametrize(
+    "op", ["gla", "mamba2", "retention", "mamba", "aaren", "convs5", "attention"]
+)
 def test_the_plain_ones_compute_the_same(op):
     """In bfloat16 too, where only the inputs and outputs are of that type."""
     for dtype, bar in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
@@ -61,27 +85,39 @@ def test_the_plain_ones_compute_the_same(op):
 
 def test_bfloat16_and_markdown(tmp_path, capsys):
     """The file is what is printed, under a line that says what was measured where."""
-    file = tmp_path / "table.md"
-    more = ("--dtype", "bfloat16", "--no-baseline", "--markdown", str(file))
-    assert benchmark.main([*SHAPE, "--ops", "aaren", *more]) == 0
-    about, _, header, rule, row, _, rates = file.read_text().splitlines()
-    assert about.startswith(f"cpu, jax {jax.__version__}, 20")
-    assert about.endswith("B=1 T=12 H=2 K=V=8 bfloat16")
-    assert row.startswith("| aaren | xla |")
+    tables(tmp_path, "--dtype", "bfloat16", "--no-plain", "--ops", "aaren")
+    file = tmp_path / "out" / "benchmark.md"
+    about, rates, _, title, _, header, rule, row = file.read_text().splitlines()
+    assert f", jax {jax.__version__}, 20" in about
+    assert "batch 1, length 12, heads 2, width 8, dtype bfloat16, " in about
+    assert title == "## Operations" and row.startswith("| aaren | xla |") and " ± " in row
     assert header.count("|") == rule.count("|") == row.count("|")
     assert rates.startswith("Bounds: 1e+09 bytes and 1e+09 operations a second")
-    assert {about, header, rule, row, rates} == set(capsys.readouterr().out.splitlines())
+    assert {about, header, rule, row, rates} < set(capsys.readouterr().out.splitlines())
 
 
-def test_peers_that_are_not_there_are_said(tmp_path, monkeypatch, capsys):
-    """One line each, whatever the number of operations; the rows of the others stay."""
-    for module in ("torch", "jla", "jla.ops"):
-        monkeypatch.setitem(sys.modules, module, None)
-    flags = ("--dtype", "bfloat16", "--no-baseline", "--peers", "fla", "jla")
-    assert table(tmp_path, "--ops", "gla", "aaren", *flags).keys() == {"gla", "aaren"}
-    fla, jla = capsys.readouterr().err.splitlines()
-    assert fla.startswith("fla: it is not installed (") and fla.endswith("attention[cuda]==0.6.*'")
-    assert jla.startswith("jla: it is not installed (") and "jax-linear-attention" in jla
+def without(monkeypatch, *packages):
+    """As where these are not installed."""
+    importing = importlib.import_module
+
+    def found(name, *more):
+        if name.partition(".")[0] in packages:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return importing(name, *more)
+
+    monkeypatch.setattr(importlib, "import_module", found)
+
+
+def test_peers_that_are_not_there_are_rows_that_say_so(tmp_path, monkeypatch):
+    """Of operations that they have; the rows of the others stay."""
+    without(monkeypatch, "torch", "jla")
+    flags = ("--ops", "gla", "aaren", "--no-plain", "--peers", *peers.INSTALL)
+    rows = tables(tmp_path, *flags)["ops"]
+    assert list(rows) == ["gla", "gla fla", "gla jla", "aaren"]
+    for name, package in (("gla fla", "attention[cuda]==0.6.*'"), ("gla jla", "attention==0.1.0")):
+        assert rows[name].keys() == {"note"}
+        assert rows[name]["note"].startswith("none: it is not installed (")
+        assert rows[name]["note"].endswith(package)
 
 
 def test_a_peer_without_its_device_is_said(monkeypatch):
@@ -103,17 +139,111 @@ def stand_in(factor):
     return types.SimpleNamespace(linear_attention=linear_attention)
 
 
-def test_a_peer_is_a_row(tmp_path, monkeypatch, capsys):
-    """And where it computes something else, a line says so."""
-    flags = ("--dtype", "bfloat16", "--ops", "gla", "aaren", "--peers", "jla")
+def test_a_peer_is_a_row(tmp_path, monkeypatch):
+    """With how far it is from what ours computes."""
     monkeypatch.setitem(sys.modules, "jla", types.SimpleNamespace())
-    for factor, differs in ((1, False), (2, True)):
+    for factor, error in ((1, 0), (2, 1)):
         monkeypatch.setitem(sys.modules, "jla.ops", stand_in(factor))
-        row = table(tmp_path, *flags)["gla jla"]
-        assert row.pop("implementation") == "xla" and min(row.values()) > 0
-        *differences, only = capsys.readouterr().err.splitlines()
-        assert only == "jla: it is compared in gla, mamba2, retention, mamba only"
-        assert differences == ["gla jla: its outputs differ from ours by 1 of their size"] * differs
+        row = tables(tmp_path, "--ops", "gla", "--peers", "jla")["ops"]["gla jla"]
+        assert row.pop("implementation") == "xla" and row.pop("error") == error
+        assert min(value for name, value in row.items() if name not in SPREADS) > 0
+
+
+def small(monkeypatch):
+    """Models of a block of width 8."""
+    monkeypatch.setattr(whole_models, "config", functools.cache(smaller))
+
+
+def smaller(name):
+    config = LMConfig(vocab=256, width=8, depth=1, pattern=f"{name}+swiglu")
+    return dataclasses.replace(config, gla=GLAConfig(heads=2), attention=AttentionConfig(heads=2))
+
+
+def test_rows_of_models(tmp_path, monkeypatch):
+    """A training step, and decoding by as many rows at once as are asked for; peers stay away."""
+    small(monkeypatch)
+    without(monkeypatch, "torch")
+    flags = ("--models", "mamba", "gla", "--decode", "1", "2", "--peers", *peers.INSTALL)
+    found = tables(tmp_path, *MODEL, *flags)
+    assert "ops" not in found and "lengths" not in found
+    assert list(found["models"]) == ["mamba", "mamba transformers", "gla"]
+    assert list(found["decode"]) == [
+        *("mamba B=1", "mamba transformers B=1", "gla B=1"),
+        *("mamba B=2", "mamba transformers B=2", "gla B=2"),
+    ]
+    for rows in found["models"], found["decode"]:
+        for name, row in rows.items():
+            if "transformers" in name:
+                assert row == {"note": f"none: {row['note'].removeprefix('none: ')}"}
+                assert "it is not installed" in row["note"]
+    step = found["models"]["gla"]
+    assert (
+        step["step_ms"] > 0 and step["step_over_bound"] == step["step_ms"] / step["step_bound_ms"]
+    )
+    assert step["step_bound_ms"] > step["step_mixers_ms"] > 0 and step["temporaries_mb"] > 0
+    assert found["decode"]["gla B=2"]["tokens_per_s"] > 0
+    for name in ("models", "decode"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_lengths(tmp_path):
+    """As many tokens a run at every length; without --ops every operation whose state is kept."""
+    rows = tables(tmp_path, "--lengths", "4", "8")["lengths"]
+    assert list(rows) == [f"{op} {length}" for op in lengths.OPS for length in (4, 8)]
+    assert [row["rows"] for row in rows.values()] == [2, 1] * len(lengths.OPS)
+    assert all(row["both_us"] > 0 for row in rows.values())
+    assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_compared_with_an_earlier_one(tmp_path, capsys):
+    old = tables(tmp_path, "--ops", "convs5", "--no-plain")
+    file = tmp_path / "old.json"
+    old["ops"]["convs5"] |= {"both_ms": old["ops"]["convs5"]["both_ms"] * 1e9}
+    file.write_text(json.dumps(old))
+    tables(tmp_path, "--ops", "convs5", "--compare", str(file))
+    title, _, _, _, row, _ = capsys.readouterr().out.splitlines()[-6:]
+    assert "as parts of what" in title and row.startswith("| convs5 | ")
+    flags = [*SHAPE, "--length", "13", "--ops", "gla", "--compare", str(file)]
+    assert benchmark.main(flags) == 2
+    assert "is of length=12, this of 13" in capsys.readouterr().err
+
+
+def test_changes_are_of_times_and_memory_alone():
+    old = {"a": {"x_ms": 2.0, "x_ms_spread": 1.0, "x_bound_ms": 1.0, "y_mb": 0.0, "n": "xla"}}
+    new = {"a": {"x_ms": 1.0, "x_ms_spread": 3.0, "x_bound_ms": 2.0, "y_mb": 1.0}, "b": {"x_ms": 1}}
+    assert changes(new, old) == {"a": {"x_ms": 0.5}}
+
+
+def test_a_table_in_markdown():
+    """Spreads behind their figures; no column that is empty."""
+    rows = {"a": {"x_ms": 1234.5, "x_ms_spread": 0.25, "y": None}, "b": {"note": "none: here"}}
+    assert markdown(rows) == [
+        "|  | x ms | note |",
+        "|---|---|---|",
+        "| a | 1,234 ± 0.25 |  |",
+        "| b |  | none: here |",
+    ]
+
+
+@pytest.mark.parametrize("name", whole_models.NAMES)
+def test_products_of_a_model_are_those_of_its_parameters(name):
+    """All matrices once a token, but embeddings, convolutions and experts that are not chosen."""
+    config = whole_models.config(name)
+    params = split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))[1]
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    whole = sum(x.size for _, x in leaves if len(x.shape) > 2 or x.shape == (256, 256))
+    counted = whole_models.products(config) / 2
+    assert 0.5 * whole < counted <= whole or (name == "mixtral" and counted < 0.5 * whole)
+    ((problem, blocks),) = of_model(config, 1, 8)
+    assert blocks == config.depth and problem.flops > 0
+
+
+def test_the_highest_memory_of_a_call():
+    found = memory.peak(lambda: np.ones(10_000_000), lambda x: x.sum())
+    if memory.CLEAR.exists():
+        assert 75 < found < 120
+    else:
+        assert found is None
 
 
 def test_bounds_are_of_bytes_or_of_arithmetic():
@@ -137,9 +267,9 @@ def test_what_is_published_of_a_device():
         "TPU v4": 1.228e12,
         "NVIDIA A100": None,
     }
-    for kind, memory in kinds.items():
+    for kind, rate in kinds.items():
         found = bounds.of_kind(bounds.DEVICES, kind)
-        assert (found and found.memory) == memory
+        assert (found and found.memory) == rate
 
 
 def test_this_machine_is_measured(monkeypatch):
@@ -161,11 +291,15 @@ def test_outputs_and_gradients_of_half_the_sum_of_squares():
     [
         ("--ops grouped-9", "--ops grouped-9: not one of gla, "),
         ("--implementations palas", "--implementations palas: not one of pallas_tpu, "),
-        ("--peers torch", "--peers torch: not one of fla, jla"),
-        ("--peers fla", "--peers: their kernels are for bfloat16; add --dtype bfloat16"),
+        ("--peers torch", "--peers torch: not one of fla, jla, transformers, torchscale"),
+        ("--models gpt", "--models gpt: not one of mamba, "),
+        ("--decode 0", "--decode 0 must be at least 1"),
+        ("--lengths 8 -1", "--lengths -1 must be at least 1"),
+        ("--compare /no/such/file", "/no/such/file"),
+        ("--compare pyproject.toml", "--compare pyproject.toml: "),
         ("--repeats 0", "--repeats 0 must be at least 1"),
         ("--dtype float16", "float16"),
-        ("--out /no/such/folder/x", "there is no folder /no/such/folder"),
+        ("--out pyproject.toml", "--out pyproject.toml is not a folder"),
     ],
 )
 def test_a_wrong_flag_is_said_in_a_line(flags, says, capsys):

@@ -4,15 +4,15 @@ fla: flash-linear-attention 0.6, Triton kernels in PyTorch on CUDA. jla: jax-lin
 Mosaic GPU kernels on Hopper GPUs, plain JAX elsewhere. Neither is needed otherwise.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import timing
+from .prepared import Prepared, prepared
 from .problems import retention
 
 T = TypeVar("T")
@@ -20,34 +20,28 @@ T = TypeVar("T")
 INSTALL = {
     "fla": "python -m pip install 'flash-linear-attention[cuda]==0.6.*'",
     "jla": "python -m pip install jax-linear-attention==0.1.0",  # brings the JAX that it is for
+    "transformers": "python -m pip install 'scanax[parity]'",
+    "torchscale": "python -m pip install --no-deps torchscale==0.3.0 fairscale==0.4.0 timm==0.6.13",
 }
-
-
-class Peer(NamedTuple):
-    """One operation of another library, ready to be timed."""
-
-    forward: Callable[[], Any]
-    both: Callable[[], Any]
-    wait: Callable[[Any], Any]
-    output: Callable[[], np.ndarray]
-    """y, in float32."""
-    implementation: str
-    temporaries: int | None
-    """Bytes of both passes, of a peer in JAX."""
+OPERATIONS = {
+    "fla": ("gla", "mamba2", "retention"),
+    "jla": ("gla", "mamba2", "retention", "mamba"),
+}
 
 
 class Absent(Exception):
     """Why a peer does not run here, and what would change that, in one line."""
 
 
-def prepare(name: str, op: str, arguments: tuple) -> Peer:
+def prepare(name: str, op: str, arguments: tuple) -> Prepared:
     """A peer's operation on these inputs, each pass having run once. Absent if it cannot."""
-    peers = {"fla": _fla, "jla": _jla}
+    return attempted(functools.partial({"fla": _fla, "jla": _jla}[name], op, arguments), name)
+
+
+def attempted(make: Callable[[], T], name: str) -> T:
+    """What another library makes. Absent if it cannot."""
     try:
-        peer = peers[name](op, arguments)
-        peer.wait(peer.forward())
-        peer.wait(peer.both())
-        return peer
+        return make()
     except Absent:
         raise
     except ImportError as error:
@@ -56,26 +50,19 @@ def prepare(name: str, op: str, arguments: tuple) -> Peer:
         raise Absent(f"it does not run here: {type(error).__name__}: {_line(error)}") from None
 
 
-def _known(table: dict[str, T], op: str) -> T:
-    if op not in table:
-        raise Absent(f"it is compared in {', '.join(table)} only")
-    return table[op]
-
-
 def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _fla(op: str, arguments: tuple) -> Peer:
-    functions = {
-        "gla": ("gla", "chunk_gla", ("q", "k", "v", "g", "initial_state")),
-        "mamba2": ("simple_gla", "chunk_simple_gla", ("q", "k", "v", "g", "initial_state")),
-        "retention": ("retention", "chunk_retention", ("q", "k", "v", "initial_state")),
-    }
+def _fla(op: str, arguments: tuple) -> Prepared:
     torch: Any = importlib.import_module("torch")
     if not torch.cuda.is_available():
         raise Absent(f"it needs an NVIDIA GPU and PyTorch for CUDA: {INSTALL['fla']}")
-    module, function, names = _known(functions, op)
+    module, function, names = {
+        "gla": ("gla", "chunk_gla", ("q", "k", "v", "g", "initial_state")),
+        "mamba2": ("simple_gla", "chunk_simple_gla", ("q", "k", "v", "g", "initial_state")),
+        "retention": ("retention", "chunk_retention", ("q", "k", "v", "initial_state")),
+    }[op]
     run = getattr(importlib.import_module(f"fla.ops.{module}"), function)
 
     def moved(x):
@@ -96,13 +83,17 @@ def _fla(op: str, arguments: tuple) -> Peer:
         cotangents = [x.detach() for x in outputs]
         return outputs, torch.autograd.grad(outputs, list(inputs.values()), cotangents)
 
-    def output():
-        return forward()[0].float().cpu().numpy()
+    def wait(_):
+        torch.cuda.synchronize()
 
-    return Peer(forward, both, lambda _: torch.cuda.synchronize(), output, "triton", None)
+    y = forward()[0].float().cpu().numpy()
+    wait(both())
+    return Prepared(forward, both, wait, y, {"implementation": "triton"})
 
 
-def _jla(op: str, arguments: tuple) -> Peer:
+def _jla(op: str, arguments: tuple) -> Prepared:
+    ops: Any = importlib.import_module("jla.ops")
+
     def linear(q, k, v, *rest):
         *log, state = rest
         if op == "retention":
@@ -114,19 +105,6 @@ def _jla(op: str, arguments: tuple) -> Peer:
     def selective(u, delta, A, B, C):
         return ops.linear_attention("mamba1", C, B, u, dt=delta, a=A, output_final_state=True)
 
-    runs = {"gla": linear, "mamba2": linear, "retention": linear, "mamba": selective}
-    ops: Any = importlib.import_module("jla.ops")
-    run = _known(runs, op)
-    forward, both = (timing.compiled(f, arguments) for f in (run, timing.both(run)))
-
-    def output():
-        return np.asarray(forward(*arguments)[0], np.float32)
-
-    return Peer(
-        lambda: forward(*arguments),
-        lambda: both(*arguments),
-        jax.block_until_ready,
-        output,
-        "mosaic_gpu" if "mosaic_gpu" in forward.as_text() else "xla",
-        both.memory_analysis().temp_size_in_bytes,
-    )
+    found = prepared(selective if op == "mamba" else linear, arguments)
+    kernel = "mosaic_gpu" if "mosaic_gpu" in found.forward.func.as_text() else "xla"
+    return found._replace(about=found.about | {"implementation": kernel})

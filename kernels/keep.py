@@ -1,0 +1,35 @@
+"""What is kept for the backward pass where all else of a block is computed again.
+
+Values of this name alone: the results of products of weights and of kernels, and what kernels make
+for their own backward pass. A policy that keeps results by their primitives would look into the
+loops of kernels, and keep what each turn of them makes.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+NAME = "kept"
+POLICY = jax.checkpoint_policies.save_only_these_names(NAME)
+
+
+def keep(x: jax.Array) -> jax.Array:
+    return checkpoint_name(x, NAME)
+
+
+def rule(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward rule of `jax.custom_vjp`; its results and residuals are kept, not its arguments."""
+
+    @wraps(forward)
+    def named(*arguments):
+        known = {id(x): x for x in jax.tree.leaves(arguments)}
+
+        def once(x):
+            return known.setdefault(id(x), keep(x)) if id(x) not in known else known[id(x)]
+
+        return jax.tree.map(once, forward(*arguments))
+
+    return named
