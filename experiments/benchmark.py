@@ -14,6 +14,9 @@ backward, "over ours" times as long as ours. Bounds of operations are the least 
 bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
 measured of it in float32.
 
+Like all commands here it asks for large pages, which quicken other libraries too; what they take by
+themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command.
+
 Peers are other libraries, each of which may be missing: fla (flash-linear-attention, on CUDA), jla
 (jax-linear-attention), transformers, torchscale; `pip install scanax[bench]` brings what of them
 installs together. "plain" is a scan token by token under automatic differentiation; for
@@ -194,6 +197,7 @@ def report(config: Benchmark, old: dict[str, Any]) -> None:
     device, whose = bounds.here()
     about = {
         "machine": timing.machine(timing.cores() if config.one_core else timing.available()),
+        "memory": "large pages" if starting.large() else "small pages",
         "date": str(datetime.date.today()),
         "bounds": f"{device.memory:.3g} bytes and {device.flops:.3g} operations a second ({whose})",
         "sizes": sizes(config),
@@ -233,14 +237,16 @@ def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Ro
             what = f"{name}, {rows} rows"
             size = rows, config.tokens
             yield "decode", models.decode(name, *size, device, rounds(what), config.peers)
-    for op in (config.ops or lengths.OPS) if config.lengths else ():
+    tokens = config.lengths or ()
+    for op in (config.ops or lengths.OPS) if tokens else ():
         if op in lengths.OPS:
-            yield "lengths", lengths.measure(op, config.lengths, *shape, dtype, rounds(op))
+            yield "lengths", lengths.measure(op, tokens, *shape, dtype, rounds(op))
 
 
 def introduction(about: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name} {value}" for name, value in about["sizes"].items())
-    return [f"{about['machine']}, {about['date']}; {sizes}.", f"Bounds: {about['bounds']}."]
+    where = f"{about['machine']}, {about['memory']}, {about['date']}"
+    return [f"{where}; {sizes}.", f"Bounds: {about['bounds']}."]
 
 
 def text(about: dict[str, Any], found: dict[str, Rows], old: dict[str, Any]) -> list[str]:

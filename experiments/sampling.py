@@ -13,6 +13,7 @@ from jax.sharding import Mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from ..models import LM, merge, split
+from ..models.layout import unstacked
 from ..models.partition import shardings, state_shardings
 from ..sharding import mesh
 
@@ -101,7 +102,7 @@ class Generator:
     """
 
     def __init__(self, model: LM, over: Mesh | None = None):
-        self.model = model
+        self.model = model = unstacked(model)
         self.mesh = over = mesh.only(mesh.make() if over is None else over, *AXES)
         self.span = over.shape["seq"]
         self.graphdef, params, rest = split(model)

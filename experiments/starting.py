@@ -36,3 +36,9 @@ def with_large_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
         return None
     joined = ":".join(filter(None, (tunables, TUNABLE)))
     return {**environment, "GLIBC_TUNABLES": joined}
+
+
+def large() -> bool:
+    """Whether this program's memory lies in large pages, as far as Linux has them."""
+    asked = TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
+    return PAGES.exists() and (asked or "[always]" in PAGES.read_text())

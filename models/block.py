@@ -184,7 +184,7 @@ def runs(config: BackboneConfig) -> tuple[Run, ...]:
 
     spans: list[range] = []  # of the first part
     for layer in range(size):
-        if spans and blueprint(layer) == blueprint(layer - 1):
+        if spans and config.stacked and blueprint(layer) == blueprint(layer - 1):
             spans[-1] = range(spans[-1].start, layer + 1)
         else:
             spans.append(range(layer, layer + 1))

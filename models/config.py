@@ -67,6 +67,10 @@ class BackboneConfig:
     pipeline: Annotated[tuple[int, int], tyro.conf.Suppress] = (1, 1)
     """Stages, and parts of the model in each, that the blocks are stacked for; no flag, for it
     follows from --mesh and --schedule.rounds."""
+    stacked: Annotated[bool, tyro.conf.Suppress] = True
+    """Whether like blocks in a row are one scan over their stacked variables; no flag: one by one
+    they take as long to compile as they are many, and no copies of weights while a token is
+    decoded."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
     mlp: MLPConfig = field(default_factory=MLPConfig)

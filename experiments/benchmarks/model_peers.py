@@ -6,6 +6,7 @@ torchscale, whose RetNet goes by chunks.
 
 import functools
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 from .. import timing
@@ -47,7 +48,8 @@ def _training(library: str, name: str, rows: int, length: int) -> Training:
         optimizer.zero_grad()
         return loss
 
-    forward(), step()
+    for call in (forward, step):
+        call()
     return Training(forward, step, _wait(torch), about)
 
 
@@ -81,7 +83,7 @@ def _model(library: str, name: str) -> tuple[Any, Any, Any, Row]:
 def _transformers(torch: Any, name: str) -> tuple[Any, Any]:
     library: Any = importlib.import_module("transformers")
     values = dict(THEIRS[name])
-    if name == "mamba" and importlib.util.find_spec("mambapy"):
+    if name == "mamba" and find_spec("mambapy"):
         values["use_mambapy"] = True
     config = library.AutoConfig.for_model(**values)
     model = library.AutoModelForCausalLM.from_config(config)

@@ -22,11 +22,12 @@ def draw(folder: Path, section: str, rows: Rows, title: str) -> None:
     figure, bound, y = BARS[section]
     groups: dict[str, dict[str, tuple[float, float | None]]] = {}
     for name, row in rows.items():
-        if figure in row:
+        height, tick = row.get(figure), row.get(bound)
+        if isinstance(height, float):
             of, _, rest = name.partition(" ")
             which, _, size = rest.rpartition("B=")
             group = groups.setdefault(f"{of} B={size}" if size and "B=" in rest else of, {})
-            group[which.strip() or "scanax"] = row[figure], row.get(bound)
+            group[which.strip() or "scanax"] = height, tick if isinstance(tick, float) else None
     if groups:
         bars.draw(path, groups, title, y)
 

@@ -27,7 +27,7 @@ def markdown(rows: Rows) -> list[str]:
 
 def changes(new: Rows, old: Rows) -> Rows:
     """Of rows that both tables have, times and memory as they are over what they were."""
-    found = {name: dict(_ratios(row, old.get(name, {}))) for name, row in new.items()}
+    found: Rows = {name: dict(_ratios(row, old.get(name, {}))) for name, row in new.items()}
     return {name: row for name, row in found.items() if row}
 
 

@@ -22,7 +22,12 @@ HEIGHT = 128  # rows of a block at most; on a CPU 64 and 256 are no faster
 
 
 def heights(rows: int, groups: int) -> list[int]:
-    """Four heights of a block, the last for whole ones: about twice the rows of a mean group."""
+    """Four heights of a block, the last for whole ones: about twice the rows of a mean group.
+
+    Few rows go one by one, each with its group's w where it lies.
+    """
+    if 2 * rows <= groups:
+        return [1]
     mean = -(-rows // groups)
     whole = min(rows, HEIGHT, max(16, 2 << (mean - 1).bit_length()))
     return sorted({-(-whole * i // 4) for i in (1, 2, 3, 4)})
@@ -85,7 +90,7 @@ def product(x, w, sizes, transpose):
         """Rows from `start` times their group's w, at their place in the frame."""
         w = jax.lax.dynamic_index_in_dim(w, group, keepdims=False).astype(x.dtype)
         first, x = take(x, start, height)
-        y = dot(x, w, ((1,), (1 if transpose else 0,))).astype(x.dtype)
+        y = dot(x, w.T if transpose else w, ((1,), (0,))).astype(x.dtype)
         if height == whole:
             return y
         place = first - jnp.minimum(start, rows - whole)

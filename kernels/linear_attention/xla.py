@@ -112,11 +112,10 @@ class Chunk:
         pairs = np.expand_dims(pairs, tuple(range(1, q.ndim - 1)))  # (L, ..., H, i, j)
         self.pairs, self.pairs_T = pairs, pairs.swapaxes(-1, -2)
         self.diagonal = np.eye(size, dtype=bool)
-        logs = jnp.einsum("lij,...jk->l...ik", sums.astype(exact), log_decay, precision="highest")
-        decay = jnp.exp(logs)
+        self.vector = log_decay.shape[-1] > 1
+        decay = jnp.exp(_products(sums.astype(exact), log_decay, self.vector))
         levels, self.from_start, self.to_end = decay[:-2], decay[-2], decay[-1]
         self.whole = self.from_start[..., -1, :, None]  # (..., H, K or 1, 1)
-        self.vector = log_decay.shape[-1] > 1
         if self.vector:
             self.levels, self.q_levels, self.k_levels = levels, self.q * levels, self.k * levels
         else:
@@ -168,7 +167,7 @@ class Chunk:
             scores = jnp.where(self.diagonal, scores, self.weighted(scores))
             return self.only("same", scores)
         parts = self.dot("...ik,...jk->...ij", self.q_levels, self.k_levels)
-        own = jnp.sum(self.q * self.k, axis=-1)[..., None]
+        own = _sum(self.q * self.k)
         scores = _total(jnp.where(self.pairs, parts, 0))
         return self.only("same", jnp.where(self.diagonal, own, scores))
 
@@ -192,9 +191,7 @@ class Chunk:
         (..., H, 1, K): what passes the chunk whole.
         """
         if not self.vector:
-            inside, at_start, at_end, through = (
-                jnp.sum(x, axis=-1, keepdims=True) for x in (inside, at_start, at_end, through)
-            )
+            inside, at_start, at_end, through = map(_sum, (inside, at_start, at_end, through))
         later = self.sums_from_here(inside + at_start)
         before = tree(self.q.shape[-2])[0][-1].T.astype(at_end.dtype)
         earlier = jnp.matmul(before, at_end, precision="highest")
@@ -214,6 +211,19 @@ class Chunk:
         finite = jnp.isfinite(x)  # a zero times what is not would leave its document
         sums = total(jnp.where(finite, x, 0))
         return jnp.where(total((~finite).astype(x.dtype)) > 0, jnp.nan, sums)
+
+
+def _products(matrices, x, vector):
+    """Each of (L, C, C) times x (..., C, K): (L, ..., C, K), features or tokens last in memory."""
+    if not vector:
+        return jnp.einsum("lij,...jk->l...ik", matrices, x, precision="highest")
+    contracted = ((2,), (x.ndim - 2,)), ((), ())
+    return jnp.moveaxis(jax.lax.dot_general(matrices, x, contracted, precision="highest"), 1, -2)
+
+
+def _sum(x):
+    """The sum over the last axis, which stays: a product with ones, for XLA's own is slow here."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
 
 def _total(x):
@@ -252,7 +262,7 @@ def _backward(sizes, residuals, cotangents):
             c.q * dq_inside - c.k * dk_inside,
             c.q * dq_start,
             c.k * dk_end,
-            jnp.sum(c.whole * before * d_next, axis=-1)[..., None, :],
+            (c.whole * _sum(before * d_next)).swapaxes(-1, -2),
         )
         own = c.own(d_scores)
         dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q

@@ -88,7 +88,7 @@ def test_bfloat16_and_markdown(tmp_path, capsys):
     tables(tmp_path, "--dtype", "bfloat16", "--no-plain", "--ops", "aaren")
     file = tmp_path / "out" / "benchmark.md"
     about, rates, _, title, _, header, rule, row = file.read_text().splitlines()
-    assert f", jax {jax.__version__}, 20" in about
+    assert f", jax {jax.__version__}, " in about and " pages, 20" in about
     assert "batch 1, length 12, heads 2, width 8, dtype bfloat16, " in about
     assert title == "## Operations" and row.startswith("| aaren | xla |") and " ± " in row
     assert header.count("|") == rule.count("|") == row.count("|")

@@ -3,9 +3,17 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from scanax.experiments import checkpoint, evaluate, flags, metrics, train
+from scanax.experiments import checkpoint, evaluate, flags, metrics, step, train
+from scanax.experiments.optimizer import OptimizerConfig
+from scanax.experiments.tasks.lm import LMTask
+from scanax.layers.attention import AttentionConfig
+from scanax.layers.mlp import MLPConfig
+from scanax.layers.moe import MoEConfig
+from scanax.models import LMConfig
+from scanax.sharding import mesh
 from support.compare import close
 from support.runs import args
 
@@ -110,3 +118,21 @@ def test_what_a_router_cannot_do_is_said_in_a_line(texts, tmp_path, capsys):
     assert train.main([*args(texts, tmp_path / "r", EXPERTS + more), "--steps", "1"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line == "train: experts=8 does not divide over expert=3 devices; 6 or 9 would"
+
+
+def temporaries(pattern):
+    """Bytes of a training step of two blocks; an expert is as wide as the dense network."""
+    sizes = {"vocab": 64, "width": 32, "depth": 2, "mlp": MLPConfig(hidden=64)}
+    own = {"moe": MoEConfig(experts=8), "attention": AttentionConfig(heads=4)}
+    task = LMTask(rows=2, length=512, model=LMConfig(pattern=pattern, **sizes, **own))
+    start, program = step.compiled(task, OptimizerConfig(), 1, mesh.make(), step.PLAIN)
+    state, rest = jax.eval_shape(start, jax.random.key(0), None)
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "reset": bool, "weights": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct((2, 512), kind) for name, kind in kinds.items()}
+    lowered = program.step.lower(state, rest, batch, *step.SCALARS)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_a_step_of_experts_takes_the_memory_of_what_they_compute():
+    """Two experts a token: at most what a dense network twice as wide would keep, and the like."""
+    assert temporaries("attention+moe") < 2 * temporaries("attention+swiglu")

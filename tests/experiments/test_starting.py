@@ -35,6 +35,14 @@ def test_they_are_not_asked_for_twice_nor_in_vain(pages, monkeypatch):
     assert starting.with_large_pages({}) is None
 
 
+def test_whether_pages_are_large(pages, monkeypatch):
+    for asked, given in (("", False), (starting.TUNABLE, True), ("glibc.malloc.hugetlb=0", False)):
+        monkeypatch.setenv("GLIBC_TUNABLES", asked)
+        assert starting.large() == given
+    pages.write_text("[always] madvise never\n")
+    assert starting.large()
+
+
 def test_nothing_begins_again_but_a_program(monkeypatch):
     """Not a module that is imported, nor a program inside another's process, as in a notebook."""
     monkeypatch.setattr(starting, "with_large_pages", lambda environment: {"A": "1"})
