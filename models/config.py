@@ -72,7 +72,8 @@ class BackboneConfig:
     they take as long to compile as they are many, and no copies of weights while a token is
     decoded."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What a block keeps for the backward pass: all, its input only, or its matmuls' outputs."""
+    """What a block keeps for the backward pass: all, its input only (full), or results of products
+    of weights and of kernels (dots), half the memory and little that is computed again."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     """The MLPs."""
     moe: MoEConfig = field(default_factory=MoEConfig)

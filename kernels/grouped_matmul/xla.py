@@ -1,14 +1,13 @@
 """The grouped matmul in blocks of rows, each of one group, one after the other.
 
 A group is cut from its first row into blocks of H rows, its last one shorter: at most M / H + E
-blocks, and a loop over as many as there are. A short block takes the least of four heights that
-holds it, so that little is computed for nothing, and is put into a frame of H rows, of which only
-the block's own are kept. Nothing is padded, sorted or gathered; beside the result there is one
-group's w, or one group's gradient, at a time.
+blocks, which bounds a loop whose blocks past the last are skipped. A short block takes the least of
+four heights that holds it, so that little is computed for nothing, and is put into a frame of H
+rows, of which only the block's own are kept. Nothing is padded, sorted or gathered; beside the
+result there is one group's w, or one group's gradient, at a time.
 
-XLA for CPUs copies an array that is updated in one of several branches, so that the choice of the
-height returns a frame. The loop's length is data: in a scan, whose length is not, a policy of
-`jax.checkpoint` that keeps what the body computes would keep the whole result once a block.
+XLA for CPUs updates an array in place in a conditional of two branches and copies it in one of
+more, so that the choice of the height returns a frame and the skipping goes round the update.
 """
 
 from functools import partial
@@ -24,7 +23,7 @@ HEIGHT = 128  # rows of a block at most; on a CPU 64 and 256 are no faster
 def heights(rows: int, groups: int) -> list[int]:
     """Four heights of a block, the last for whole ones: about twice the rows of a mean group.
 
-    Few rows go one by one, each with its group's w where it lies.
+    Few rows go one by one: on a CPU each then reads its group's w where it lies.
     """
     if 2 * rows <= groups:
         return [1]
@@ -34,8 +33,9 @@ def heights(rows: int, groups: int) -> list[int]:
 
 
 def blocks(sizes, rows: int, heights: list[int]):
-    """How many blocks there are, and of each group, first row, row past the last and index of the
-    height: arrays with room for as many as there may be.
+    """group, first row, row past the last and index of the height, of every block: (blocks,) each.
+
+    Blocks past the last are empty.
     """
     groups, whole = sizes.shape[0], heights[-1]
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
@@ -43,22 +43,22 @@ def blocks(sizes, rows: int, heights: list[int]):
     until = jnp.cumsum(number, dtype=jnp.int32)
     block = jnp.arange(rows // whole + min(groups, rows), dtype=jnp.int32)
     group = jnp.sum(until[None] <= block[:, None], axis=1, dtype=jnp.int32)
-    group = jnp.minimum(group, groups - 1)
+    none, group = group == groups, jnp.minimum(group, groups - 1)
     start = (ends - sizes)[group] + (block - (until - number)[group]) * whole
-    stop = jnp.minimum(start + whole, ends[group])
+    stop = jnp.where(none, start, jnp.minimum(start + whole, ends[group]))
     shorter = jnp.asarray(heights[:-1], jnp.int32)
     kind = jnp.sum((stop - start)[:, None] > shorter, axis=1, dtype=jnp.int32)
-    return until[-1], (group, start, stop, kind)
+    return group, start, stop, kind
 
 
 def over_blocks(write, result, blocks):
-    """`write(result, block)` for every block, one after the other."""
-    count, blocks = blocks
+    """`write(result, block)` for every block that has a row."""
 
-    def body(i, result):
-        return write(result, [x[i] for x in blocks])
+    def body(result, block):
+        _, start, stop, _ = block
+        return jax.lax.cond(start < stop, write, lambda result, _: result, result, block), None
 
-    return jax.lax.fori_loop(0, count, body, result)
+    return jax.lax.scan(body, result, blocks)[0]
 
 
 def take(x, start, height):

@@ -224,27 +224,14 @@ def test_megablox_lowers_for_a_tpu(dtype):
 
 @pytest.mark.parametrize("groups", [8, 64])
 def test_what_it_costs(groups):
-    """No array of w's size beside the gradient, and work that is counted: not E times the rows'.
-
-    Three loops, whose length is data; a turn multiplies one block, its height one of four.
-    """
+    """No array of w's size beside the gradient, and work that is counted: not E times the rows'."""
     rows, width, hidden = 512, 64, 128
     compiled = gradients(xla.grouped_matmul, rows, groups, width, hidden).lower().compile()
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4 * rows * (2 * hidden + width) + 4 * 4 * width * hidden
-    counts, heights = hlo.count(compiled.as_text()), xla.heights(rows, groups)
-    assert counts.unknown == 3
-    assert counts.flops <= 3 * 2 * max(sum(heights), 4 * heights[-1]) * width * hidden
-    for sizes in (random_sizes(rows, groups), np.eye(groups, dtype=np.int32)[1] * rows):
-        count, (group, start, stop, kind) = xla.blocks(jnp.asarray(sizes), rows, heights)
-        computed = np.asarray(heights)[np.asarray(kind)][:count]
-        assert np.bincount(group[:count], (stop - start)[:count], groups).tolist() == sizes.tolist()
-        assert computed.sum() <= rows + groups * heights[-1] / 4
-        assert np.all(computed >= (stop - start)[:count])
-
-
-def random_sizes(rows, groups):
-    return np.random.default_rng(1).multinomial(rows, np.full(groups, 1 / groups)).astype(np.int32)
+    counts = hlo.count(compiled.as_text())
+    assert counts.unknown == 0
+    assert counts.flops < 3.1 * 3 * 2 * rows * width * hidden
 
 
 def test_few_rows_go_one_by_one():
