@@ -209,7 +209,7 @@ def problems(
     """By name, what makes an operation's inputs: `heads` heads of `width` features.
 
     The selective scan has 2 heads x width channels of 16 states; ConvS5's recurrence images of
-    `heads` pixels of `width` channels; the grouped matmuls take rows of
+    `width` pixels of 4 x heads channels; the grouped matmuls take rows of
     heads x width features to twice as many. Decays, states and steps are float32 whatever `dtype`.
     """
     shape, model = (batch, length, heads), heads * width
@@ -223,7 +223,7 @@ def problems(
         "retention": lambda: mixed("constant"),
         "mamba": lambda: selective_problem(batch, length, 2 * model, 16, dtype),
         "aaren": lambda: aaren_problem(shape, width, dtype),
-        "convs5": lambda: convs5_problem(batch, length, heads, width, dtype),
+        "convs5": lambda: convs5_problem(batch, length, width, 4 * heads, dtype),
         "attention": lambda: attention_problem(shape, heads, width, dtype),
         "grouped-8": lambda: grouped(8),
         "grouped-64": lambda: grouped(64),
