@@ -5,7 +5,7 @@ python -m scanax.experiments.benchmark --ops gla mamba --repeats 9
 python -m scanax.experiments.benchmark --ops --dtype bfloat16 --implementations xla
 python -m scanax.experiments.benchmark --models mamba2 llama --decode 1 8
 python -m scanax.experiments.benchmark --lengths 8192 65536
-python -m scanax.experiments.benchmark --compare runs/benchmark/benchmark.json
+python -m scanax.experiments.benchmark --compare before/benchmark.json --out runs/after
 
 --ops, --models, --decode and --lengths choose what is measured, alone they mean all of theirs;
 without any of them all is. Figures are medians of runs that take turns, so that a machine that
@@ -19,11 +19,10 @@ themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command
 
 Peers are other libraries, each of which may be missing: fla (flash-linear-attention, on CUDA), jla
 (jax-linear-attention), transformers, torchscale; `pip install scanax[bench]` brings what of them
-installs together. "plain" is a scan token by token under automatic differentiation; for
+installs beside any JAX. "plain" is a scan token by token under automatic differentiation; for
 `attention` the whole matrix of scores, for the grouped matmuls `jax.lax.ragged_dot`.
 """
 
-import os
 import sys
 
 from scanax.experiments import starting
@@ -33,14 +32,16 @@ starting.begin(__name__)
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import tqdm
-from scanax.experiments import bounds, flags, timing
+from scanax.experiments import bounds, files, flags, timing
 from scanax.experiments.benchmarks import lengths, models, operations, peers, pictures, whole_models
 from scanax.experiments.benchmarks.problems import problems
 from scanax.experiments.benchmarks.table import Rows, changes, markdown
@@ -59,6 +60,7 @@ TITLES = {
     "decode": "Decoding",
     "lengths": "Lengths",
 }
+FILE = "benchmark.json"
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -109,12 +111,13 @@ class Benchmark:
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: done, whatever peer or implementation does not run here. 2: something given is wrong."""
+    """0: done, whatever peer or implementation does not run here. 2: something given is wrong. 1:
+    stopped; what was measured by then is written."""
     try:
         args = sys.argv[1:] if args is None else args
         config = flags.parse(Benchmark, None, args, "benchmark", __doc__ or "")
-        config = completed(config)
         check(config)
+        config = completed(config)
         old = earlier(config)
         with timing.one_core() if config.one_core else contextlib.nullcontext():
             report(config, old)
@@ -122,7 +125,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"benchmark: stopped; {config.out} has what was measured", file=sys.stderr)
+        print("benchmark: stopped; what is in the tables above is also in --out", file=sys.stderr)
         return 1
     return 0
 
@@ -154,12 +157,21 @@ def check(config: Benchmark) -> None:
         for name in getattr(config, flag) or ():
             if name not in known:
                 raise ValueError(f"--{flag} {name}: not one of {', '.join(known)}")
+    long = config.lengths or ()
+    for op in config.ops or () if long else ():
+        if op not in lengths.OPS:
+            raise ValueError(f"--lengths with --ops {op}: it is of {', '.join(lengths.OPS)}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not isinstance(number, bool) and number < 1:
                 flag = field.name.replace("_", "-")
                 raise ValueError(f"--{flag} {number} must be at least 1")
+    for length in long:
+        if max(long) % length:
+            raise ValueError(f"--lengths {length} does not divide {max(long)}, the longest")
+    if config.compare and config.compare.resolve() == (config.out / FILE).resolve():
+        raise ValueError(f"--compare {config.compare} would be replaced: name another --out")
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"--out {config.out} is not a folder")
     try:
@@ -176,7 +188,9 @@ def earlier(config: Benchmark) -> dict[str, Any]:
         old = json.loads(config.compare.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"--compare {config.compare}: {error}") from None
-    if not isinstance(old, dict) or not isinstance(old.get("sizes"), dict):
+    known = {"sizes": dict, "machine": str, "date": str}
+    ours = isinstance(old, dict) and all(isinstance(old.get(k), kind) for k, kind in known.items())
+    if not ours or not all(isinstance(old.get(section, {}), dict) for section in TITLES):
         raise ValueError(f"--compare {config.compare} is not a benchmark.json")
     for name, value in sizes(config).items():
         if old["sizes"].get(name) != value:
@@ -208,8 +222,8 @@ def report(config: Benchmark, old: dict[str, Any]) -> None:
     for section, rows in measured(config, device):
         print("\n".join(["", *markdown(rows)]), flush=True)
         found[section] = found.get(section, {}) | rows
-        write(config.out / "benchmark.json", json.dumps(about | found, indent=1))
-        write(config.out / "benchmark.md", "\n".join(text(about, found, old)))
+        files.write(config.out / FILE, json.dumps(about | found, indent=1))
+        files.write(config.out / "benchmark.md", "\n".join(text(about, found, old)))
         pictures.draw(config.out, section, found[section], about["machine"])
     print(
         "\n".join(["", *compared(found, old), f"{config.out}: benchmark.json, benchmark.md, plots"])
@@ -231,16 +245,27 @@ def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Ro
         yield "ops", operations.measure(op, made[op](), device, rounds(op), *more)
     for name in config.models or ():
         size = config.model_batch, config.model_length
-        yield "models", models.train(name, *size, rounds(name), config.peers)
+        call = functools.partial(models.train, name, *size, rounds(name), config.peers)
+        yield "models", fitting(name, call)
     for rows in config.decode or ():
         for name in config.models or whole_models.NAMES:
             what = f"{name}, {rows} rows"
             size = rows, config.tokens
-            yield "decode", models.decode(name, *size, device, rounds(what), config.peers)
+            more = device, rounds(what), config.peers
+            call = functools.partial(models.decode, name, *size, *more)
+            yield "decode", fitting(f"{name} B={rows}", call)
     tokens = config.lengths or ()
-    for op in (config.ops or lengths.OPS) if tokens else ():
-        if op in lengths.OPS:
-            yield "lengths", lengths.measure(op, tokens, *shape, dtype, rounds(op))
+    for op in [op for op in config.ops or lengths.OPS if op in lengths.OPS] if tokens else ():
+        call = functools.partial(lengths.measure, op, tokens, *shape, dtype, rounds(op))
+        yield "lengths", fitting(op, call)
+
+
+def fitting(name: str, call: Callable[[], Rows]) -> Rows:
+    """The rows, or one that says why there are none: they do not fit this device, say."""
+    try:
+        return call()
+    except jax.errors.JaxRuntimeError as error:
+        return {name: {"note": f"none: {str(error).splitlines()[0]}"}}
 
 
 def introduction(about: dict[str, Any]) -> list[str]:
@@ -265,13 +290,6 @@ def compared(found: dict[str, Rows], old: dict[str, Any]) -> list[str]:
         title = f"## {TITLES[section]}: as parts of what {old['date']} had on {old['machine']}"
         lines += ["", title, "", *markdown(rows)] if rows else []
     return lines
-
-
-def write(path: Path, content: str) -> None:
-    """The whole file, or the one of before."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(content, "utf-8")
-    os.replace(new, path)
 
 
 if __name__ == "__main__":

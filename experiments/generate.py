@@ -103,6 +103,7 @@ def main(args: list[str] | None = None) -> int:
             over,
             dtype=config.dtype,
             tokenizer=config.tokenizer,
+            stacked=False,
         )
         prompts = texts(config, loaded)
         generator = Generator(loaded.model, over)

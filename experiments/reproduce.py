@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from scanax.experiments import flags, results, sections, timing, trained
+from scanax.experiments import files, flags, results, sections, timing, trained
 from scanax.experiments.results import Measured, Setting
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -143,7 +143,9 @@ def reproduce(name: str, config: Reproduce) -> None:
     os.replace(picture.with_name(f"{picture.name}.new"), picture)
     os.replace(new, file)
     folder = file.parent.parent
-    write(folder / "results.md", sections.updated(text(folder), others(config), results.names()))
+    files.write(
+        folder / "results.md", sections.updated(text(folder), others(config), results.names())
+    )
     print(f"{name}: {measured['found']}\n{folder / 'results.md'}")
 
 
@@ -189,7 +191,7 @@ def spending(kept: Path, what: str) -> Iterator[dict[str, Any]]:
     finally:
         spent["seconds"] += time.monotonic() - begun
         if kept.exists():  # what keeps no runs is measured anew
-            write(file, json.dumps(spent))
+            files.write(file, json.dumps(spent))
 
 
 def command(name: str, config: Reproduce) -> str:
@@ -197,13 +199,6 @@ def command(name: str, config: Reproduce) -> str:
     seeds = () if config.seeds == Reproduce.seeds else ("--seeds", *map(str, config.seeds))
     small = ("--small", "--out", "DIR") if config.small else ()
     return " ".join(["python -m scanax.experiments.reproduce", name, *seeds, *small])
-
-
-def write(path: Path, content: str) -> None:
-    """The whole file, or the one of before."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(content, "utf-8")
-    os.replace(new, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Int, UInt32
 
 from ..models import LM, merge, split
-from ..models.layout import unstacked
 from ..models.partition import shardings, state_shardings
 from ..sharding import mesh
 
@@ -98,11 +97,12 @@ class Generator:
     """The compiled functions of one model. A context that is given to one of them is used up.
 
     On a mesh (None: the first device) rows lie over `mesh.ROWS`, prompts and attention's
-    caches over `seq`, heads over `tensor`.
+    caches over `seq`, heads over `tensor`. A model whose blocks are stacked is slower to decode,
+    on a CPU a few times: the loop copies a layer's weights out of the stack for every token.
     """
 
     def __init__(self, model: LM, over: Mesh | None = None):
-        self.model = model = unstacked(model)
+        self.model = model
         self.mesh = over = mesh.only(mesh.make() if over is None else over, *AXES)
         self.span = over.shape["seq"]
         self.graphdef, params, rest = split(model)

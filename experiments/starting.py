@@ -2,13 +2,15 @@
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
 LOADED = ("IPython", "numpy")  # what a program that began elsewhere, a notebook, has loaded by now
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-TUNABLE = "glibc.malloc.hugetlb=1"
+NAME, MARK = "glibc.malloc.hugetlb", "SCANAX_BEGAN_AGAIN"
 
 
 def begin(name: str) -> None:
@@ -20,25 +22,42 @@ def begin(name: str) -> None:
     step takes a fifth less time, for it waits for page tables no more. GLIBC_TUNABLES with
     glibc.malloc.hugetlb in it is left as it is (=0: small pages).
     """
-    if sys.path and os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    if sys.path and os.path.realpath(sys.path[0]) == str(HERE):
         del sys.path[0]
-    ours = name == "__main__" and not any(module in sys.modules for module in LOADED)
-    if ours and (environment := with_large_pages(os.environ)):
+    if name == "__main__" and alone() and (environment := with_large_pages(os.environ)):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def alone() -> bool:
+    """Whether a file of this folder is what Python was started for, and nothing would be lost."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    ours = program is not None and Path(program).resolve().parent == HERE
+    return ours and not any(module in sys.modules for module in LOADED)
 
 
 def with_large_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The environment that asks for large pages; None if it does, or nobody would give them."""
     tunables = environment.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb" in tunables or not PAGES.exists():
+    if MARK in environment or NAME in tunables or given() != "madvise" or not able():
         return None
-    if "[madvise]" not in PAGES.read_text() or platform.libc_ver()[0] != "glibc":
-        return None
-    joined = ":".join(filter(None, (tunables, TUNABLE)))
-    return {**environment, "GLIBC_TUNABLES": joined}
+    joined = ":".join(filter(None, (tunables, f"{NAME}=1")))
+    return {**environment, "GLIBC_TUNABLES": joined, MARK: "1"}
+
+
+def given() -> str:
+    """Who gets large pages: "always", "madvise" (who asks) or "never"; "" where nobody says."""
+    found = re.search(r"\[(\w+)\]", PAGES.read_text()) if PAGES.exists() else None
+    return found[1] if found else ""
+
+
+def able() -> bool:
+    """Whether the C library is one that can ask: glibc from 2.35 on."""
+    library, version = platform.libc_ver()
+    return library == "glibc" and [int(x) for x in version.split(".")[:2]] >= [2, 35]
 
 
 def large() -> bool:
-    """Whether this program's memory lies in large pages, as far as Linux has them."""
-    asked = TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
-    return PAGES.exists() and (asked or "[always]" in PAGES.read_text())
+    """Whether this program's memory lies in large pages."""
+    asked = re.search(rf"{NAME}=(\d+)", os.environ.get("GLIBC_TUNABLES", ""))
+    how = asked[1] if asked and able() else "0"
+    return given() == "always" or how == "2" or (how == "1" and given() == "madvise")

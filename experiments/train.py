@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, flags, hosts, loading, metrics
+from scanax.experiments import checkpoint, files, flags, hosts, loading, metrics
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.plots import losses
@@ -182,7 +182,7 @@ def train(run: Run) -> None:
     board = metrics.start_wandb(config)  # first, for it may fail
     texts = {"config.json": json.dumps(to_json(config), indent=2), **task.files()}
     for name, text in texts.items() if hosts.first() else ():
-        write(config, name, text)
+        files.write(config.folder / name, text)
     saver = Saver(
         config.folder,
         to_json(config),
@@ -226,13 +226,6 @@ def train(run: Run) -> None:
             print(f"stopped; {at}", file=sys.stderr)
 
 
-def write(config: TrainConfig, name: str, text: str) -> None:
-    """A file of the run's folder: whole, or the one of before."""
-    new = config.folder / f"{name}.new"
-    new.write_text(text, "utf-8")
-    os.replace(new, config.folder / name)
-
-
 def spread(run: Run, rows: Rows) -> dict[str, jax.Array]:
     """A batch over the mesh, of which this process makes its own rows."""
     return mesh.spread(run.program.rows, run.config.task.rows, rows)
@@ -273,7 +266,7 @@ def finish(run: Run) -> None:
         return
     sizes = sum(x.size for x in jax.tree.leaves(run.state["params"]))
     about = {"step": run.step, "seconds": run.seconds, "parameters": sizes}
-    write(config, "final.json", json.dumps(about | heldout))
+    files.write(config.folder / "final.json", json.dumps(about | heldout))
     if config.plot:
         print(f"\nloss curve: {losses.loss_curve(config.folder, task.measure, task.unit)}")
     model = None if hosts.several() else run.program.model(run.state, task)

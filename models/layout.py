@@ -1,6 +1,5 @@
 """A model as plain pytrees: for the training step, for checkpoints, for the optimizer."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,18 +37,6 @@ def assembled(build: Callable[[nnx.Rngs], nnx.Module], params: Any, over: Mesh) 
 
     rest = jax.jit(others, out_shardings=mesh.sharding(over))()
     return nnx.merge(graphdef, params, rest)
-
-
-def unstacked(model: Any) -> Any:
-    """The same model with its blocks one by one: for decoding, which would copy each layer's
-    weights out of a stack for every token."""
-    config = dataclasses.replace(model.config, stacked=False)
-    if runs(config) == runs(model.config):
-        return model
-    kind, params = type(model), by_layer(model.config, split(model)[1])
-    return assembled(
-        lambda rngs: kind(config, rngs=rngs), from_layers(config, params, kind), mesh.make()
-    )
 
 
 def by_layer(config: BackboneConfig, params: dict[str, Any]) -> dict[str, Any]:

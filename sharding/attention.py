@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .. import kernels
+from ..kernels import keep
 from ..kernels.attention import attention_gradients, check, delta, visible
 from ..kernels.monoid import LOWEST, SOFTMAX
 from . import decoding, mesh, schedule
@@ -196,7 +197,7 @@ def _backward(ring, residuals, cotangents):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-_around.defvjp(_forward, _backward)
+_around.defvjp(keep.rule(_forward), _backward)
 
 
 def circulate(ring: Ring, moving, step, total):

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ..kernels import routing
+from ..kernels import keep, routing
 from ..kernels.slots import collect, inverse, take
 from . import exchange, matmul, mesh, schedule
 from .sequence import manual
@@ -386,4 +386,4 @@ def _one_of_backward(branches, room, kept, g):
     return None, None, _switched(each, room, index, load, floats, trip, g), None
 
 
-_one_of.defvjp(_one_of_forward, _one_of_backward)
+_one_of.defvjp(keep.rule(_one_of_forward), _one_of_backward)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from ..kernels import keep
 from . import mesh, schedule
 from .sequence import HEADS, manual
 
@@ -73,7 +74,7 @@ def _columns_backward(residuals, cotangents):
     return scattered(part, whole.shape[1]).astype(whole.dtype), to_kernels
 
 
-_columns.defvjp(_columns_forward, _columns_backward)
+_columns.defvjp(keep.rule(_columns_forward), _columns_backward)
 
 
 @jax.custom_vjp
@@ -92,7 +93,7 @@ def _rows_backward(residuals, cotangent):
     return to_x, outer(x, whole).astype(kernel.dtype)
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+_rows.defvjp(keep.rule(_rows_forward), _rows_backward)
 
 
 def gathered(x: Array, kernels: Sequence[Array]) -> tuple[Array, list[Array]]:

@@ -22,10 +22,8 @@ def measure(
     dtype: DTypeLike,
     rounds: Iterable[int],
 ) -> Rows:
-    """A row for each length, of as many rows at once as the longest has tokens; all take turns.
-
-    Temporaries are those of one row.
-    """
+    """A row for each length, which divides the longest: so many rows of it at once as have the
+    longest's tokens. All take turns; temporaries are those of one row."""
     shortest, longest = min(lengths), max(lengths)
     calls: dict[int, Callable[[], float]] = {}
     memory: dict[int, int] = {}

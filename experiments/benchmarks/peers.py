@@ -19,8 +19,9 @@ T = TypeVar("T")
 
 INSTALL = {
     "fla": "python -m pip install 'flash-linear-attention[cuda]==0.6.*'",
-    "jla": "python -m pip install jax-linear-attention==0.1.0",  # brings the JAX that it is for
-    "transformers": "python -m pip install 'scanax[parity]'",
+    # it is for Python 3.12 and jax 0.11.2, which it would install in the place of any other
+    "jla": "python -m pip install --no-deps jax-linear-attention==0.1.0 equinox",
+    "transformers": "python -m pip install 'scanax[bench]'",
     "torchscale": "python -m pip install --no-deps torchscale==0.3.0 fairscale==0.4.0 timm==0.6.13",
 }
 OPERATIONS = {

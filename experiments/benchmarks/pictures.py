@@ -1,6 +1,7 @@
 """Plots of the tables that `benchmark` makes."""
 
 from pathlib import Path
+from typing import Any
 
 from ..plots import bars, panels
 from .table import Rows
@@ -17,7 +18,7 @@ def draw(folder: Path, section: str, rows: Rows, title: str) -> None:
     """Draw SECTION.png; rows without figures are left out."""
     path = folder / f"{section}.png"
     if section == "lengths":
-        _lengths(path, rows, title)
+        _lengths(path, rows)
         return
     figure, bound, y = BARS[section]
     groups: dict[str, dict[str, tuple[float, float | None]]] = {}
@@ -25,21 +26,24 @@ def draw(folder: Path, section: str, rows: Rows, title: str) -> None:
         height, tick = row.get(figure), row.get(bound)
         if isinstance(height, float):
             of, _, rest = name.partition(" ")
-            which, _, size = rest.rpartition("B=")
-            group = groups.setdefault(f"{of} B={size}" if size and "B=" in rest else of, {})
-            group[which.strip() or "scanax"] = height, tick if isinstance(tick, float) else None
+            *which, size = rest.rsplit(" ", 1) if "B=" in rest else (rest, "")
+            group = groups.setdefault(f"{of} {size}".strip(), {})
+            label = "".join(which) or "scanax"
+            group[label] = height, tick if isinstance(tick, float) else None
     if groups:
         bars.draw(path, groups, title, y)
 
 
-def _lengths(path: Path, rows: Rows, title: str) -> None:
-    lines = [{}, {}]
+def _lengths(path: Path, rows: Rows) -> None:
+    times: dict[str, list[Any]] = {}
+    memory: dict[str, list[Any]] = {}
     for name, row in rows.items():
-        op = name.partition(" ")[0]
-        length = row["length_tokens"]
-        lines[0].setdefault(op, []).append((length, row["both_us"], row["both_us_spread"]))
-        lines[1].setdefault(op, []).append((length, row["temporaries_mb"]))
-    x = "tokens a row"
-    time = panels.Panel("time of a token", x, "forward and backward (us)", lines[0], "xy")
-    memory = panels.Panel("temporaries of a row", x, "forward and backward (MB)", lines[1], "xy")
-    panels.draw(path, [time, memory])
+        if "both_us" in row:
+            op, length = name.partition(" ")[0], row["length_tokens"]
+            times.setdefault(op, []).append((length, row["both_us"], row["both_us_spread"]))
+            memory.setdefault(op, []).append((length, row["temporaries_mb"]))
+    if times:
+        x = "tokens a row"
+        left = panels.Panel("time of a token", x, "forward and backward (us)", times, "xy")
+        right = panels.Panel("temporaries of a row", x, "forward and backward (MB)", memory, "xy")
+        panels.draw(path, [left, right])

@@ -24,12 +24,12 @@ class Prepared(NamedTuple):
     """What is known before it is timed."""
 
 
-def prepared(run: Callable, arguments: tuple, implementation: str = "") -> Prepared:
-    """Of a function in JAX; programs of an implementation that is named."""
+def prepared(run: Callable, arguments: tuple) -> Prepared:
+    """Of a function in JAX."""
     begun = time.perf_counter()
     forward, both = (timing.compiled(f, arguments) for f in (run, timing.both(run)))
     about: Row = {
-        "implementation": implementation,
+        "implementation": "",
         "temporaries_mb": both.memory_analysis().temp_size_in_bytes / 1e6,
         "compile_s": time.perf_counter() - begun,
     }

@@ -124,11 +124,20 @@ def grouped_plain(x, w, sizes):
 
 
 def linear_problem(
-    decay: str, shape: tuple[int, int, int], keys: int, values: int, dtype: DTypeLike
+    decay: str,
+    shape: tuple[int, int, int],
+    keys: int,
+    values: int,
+    dtype: DTypeLike,
+    groups: int | None = None,
 ) -> Problem:
-    """Linear attention of (rows, tokens, heads): decay `vector`, `scalar` or `constant`."""
+    """Linear attention of (rows, tokens, heads): decay `vector`, `scalar` or `constant`.
+
+    Of queries and keys there are `groups` heads (all); the plain one takes no fewer.
+    """
     normal, (batch, length, heads) = draws(dtype), shape
-    q, k, v = (normal(*shape, n) for n in (keys, keys, values))
+    q, k = (normal(batch, length, groups or heads, keys) for _ in range(2))
+    v = normal(*shape, values)
     state = normal(batch, heads, keys, values, dtype=jnp.float32)
     flops = 2 * 2 * batch * length * heads * keys * values
     if decay == "constant":
@@ -242,7 +251,7 @@ def of_mixer(mixer: str, config: LMConfig, batch: int, length: int) -> Problem:
         return selective_problem(batch, length, round(own.expand * width), own.state, dtype)
     if mixer == "mamba2":
         shape = batch, length, round(own.expand * width) // own.head_width
-        return linear_problem("scalar", shape, own.state, own.head_width, dtype)
+        return linear_problem("scalar", shape, own.state, own.head_width, dtype, own.groups)
     shape = batch, length, own.heads
     if mixer in ("gla", "retention"):
         sizes = (round(width * r) // own.heads for r in (own.key_ratio, own.value_ratio))

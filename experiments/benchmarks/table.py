@@ -26,8 +26,12 @@ def markdown(rows: Rows) -> list[str]:
 
 
 def changes(new: Rows, old: Rows) -> Rows:
-    """Of rows that both tables have, times and memory as they are over what they were."""
-    found: Rows = {name: dict(_ratios(row, old.get(name, {}))) for name, row in new.items()}
+    """Of rows that both tables have of equal sizes, times and memory over what they were."""
+    found: Rows = {
+        name: dict(_ratios(row, old[name]))
+        for name, row in new.items()
+        if name in old and row.get("rows") == old[name].get("rows")
+    }
     return {name: row for name, row in found.items() if row}
 
 
@@ -36,7 +40,8 @@ def _ratios(new: Row, old: Row) -> Iterator[tuple[str, float]]:
         before = old.get(column)
         if not (isinstance(value, float | int) and isinstance(before, float | int) and before):
             continue
-        if column.endswith(COMPARED) and "bound" not in column:
+        known = column.endswith(COMPARED) and not column.endswith("_per_s")
+        if known and "bound" not in column:
             yield column, value / before
 
 

@@ -4,6 +4,7 @@ A model that another library has too is read from that library's config, so that
 architecture and size; their weights are random.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ def text(rows: int, length: int) -> np.ndarray:
 
 
 def training(config: LMConfig, rows: int, length: int) -> Training:
-    begun, given = time.perf_counter(), text(rows, length + 1)
+    given = text(rows, length + 1)
     batch = {
         "tokens": given[:, :-1],
         "targets": given[:, 1:],
@@ -92,6 +93,7 @@ def training(config: LMConfig, rows: int, length: int) -> Training:
     task = LMTask(rows=rows, length=length, model=config)
     program, state = step.build(task, OptimizerConfig(), 0, 1)
     rest, rate, draw = program.rest, jnp.float32(RATE), jnp.zeros(2, jnp.uint32)
+    begun = time.perf_counter()
     train = program.step.lower(state, rest, batch, rate, draw).compile()
 
     def logits(params, rest, tokens):
@@ -119,16 +121,21 @@ def training(config: LMConfig, rows: int, length: int) -> Training:
 
 
 def decoding(config: LMConfig, rows: int, tokens: int) -> Decoding:
-    begun = time.perf_counter()
-    generator = Generator(LM(config, rngs=nnx.Rngs(0)))
+    single = dataclasses.replace(config, stacked=False)  # as `generate` has it
+    generator = Generator(LM(single, rngs=nnx.Rngs(0)))
     prompts = list(text(rows, 1))
 
     def decode():
         context = generator.start(prompts, 1 + tokens, seed=0, chunk=1)
         return generator.generate(context, tokens, Choice(temperature=0))[0]
 
+    begun = time.perf_counter()
     decode()
-    return Decoding(decode, {"compile_s": time.perf_counter() - begun})
+    about: Row = {
+        "parameters": sum(x.size for x in jax.tree.leaves(generator.variables[0])),
+        "first_s": time.perf_counter() - begun,
+    }
+    return Decoding(decode, about)
 
 
 def products(config: LMConfig) -> int:

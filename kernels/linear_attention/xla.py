@@ -262,7 +262,7 @@ def _backward(sizes, residuals, cotangents):
             c.q * dq_inside - c.k * dk_inside,
             c.q * dq_start,
             c.k * dk_end,
-            (c.whole * _sum(before * d_next)).swapaxes(-1, -2),
+            _sum(c.whole * before * d_next).swapaxes(-1, -2),
         )
         own = c.own(d_scores)
         dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q

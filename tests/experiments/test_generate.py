@@ -20,7 +20,7 @@ from scanax.experiments.datasets.tokenizer import Bytes, TokenizerJson
 from scanax.experiments.loading import load
 from scanax.experiments.sampling import Choice, Generator, choose, row_keys
 from scanax.layers.attention import AttentionConfig
-from scanax.models import LM
+from scanax.models import LM, LMConfig
 from support import untrained
 from support.compare import close
 
@@ -193,6 +193,19 @@ def test_the_memory_of_the_loop_does_not_grow_with_the_tokens():
         used.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
     tokens = (4096 - 16) * 2 * 4  # which are what is asked for
     assert used[1] - used[0] <= 2 * tokens
+
+
+def test_the_loop_copies_no_weights_of_blocks_one_by_one():
+    """Of stacked ones it copies a layer's out of the stack."""
+    used = {}
+    for stacked in (True, False):
+        config = LMConfig(vocab=64, width=128, depth=3, pattern="aaren+swiglu", stacked=stacked)
+        generator = Generator(LM(config, rngs=nnx.Rngs(0)))
+        context = jax.eval_shape(lambda generator=generator: saved_state.empty(generator, 1, 1))
+        loop = generator.loop.lower(8, DRAWN, False, generator.variables, context).compile()
+        used[stacked] = loop.memory_analysis().temp_size_in_bytes
+    largest = 4 * 128 * 384  # bytes of a matrix of the MLP
+    assert used[False] < largest < used[True]
 
 
 def pieces(capsys, decode, tokens):

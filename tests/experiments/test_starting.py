@@ -13,34 +13,50 @@ def pages(tmp_path, monkeypatch):
     file = tmp_path / "enabled"
     monkeypatch.setattr(starting, "PAGES", file)
     monkeypatch.setattr(starting.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     file.write_text("always [madvise] never\n")
     return file
 
 
+ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", starting.MARK: "1"}
+
+
 def test_large_pages_are_asked_for(pages):
-    assert starting.with_large_pages({"A": "1"}) == {"A": "1", "GLIBC_TUNABLES": starting.TUNABLE}
+    assert starting.with_large_pages({"A": "1"}) == {"A": "1"} | ASKED
     joined = starting.with_large_pages({"GLIBC_TUNABLES": "glibc.malloc.check=1"})
-    assert joined == {"GLIBC_TUNABLES": f"glibc.malloc.check=1:{starting.TUNABLE}"}
+    assert joined["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
 
 
 def test_they_are_not_asked_for_twice_nor_in_vain(pages, monkeypatch):
-    assert starting.with_large_pages({"GLIBC_TUNABLES": starting.TUNABLE}) is None
+    assert starting.with_large_pages(ASKED) is None
+    assert starting.with_large_pages({starting.MARK: "1"}) is None  # something dropped the tunable
     assert starting.with_large_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}) is None
-    pages.write_text("[always] madvise never\n")
-    assert starting.with_large_pages({}) is None
+    for mode in ("[always] madvise never\n", "always madvise [never]\n"):
+        pages.write_text(mode)
+        assert starting.with_large_pages({}) is None
     pages.write_text("always [madvise] never\n")
-    monkeypatch.setattr(starting.platform, "libc_ver", lambda: ("", ""))
-    assert starting.with_large_pages({}) is None
+    for library in (("", ""), ("glibc", "2.34"), ("musl", "1.2")):
+        monkeypatch.setattr(starting.platform, "libc_ver", lambda library=library: library)
+        assert starting.with_large_pages({}) is None
     pages.unlink()
     assert starting.with_large_pages({}) is None
 
 
-def test_whether_pages_are_large(pages, monkeypatch):
-    for asked, given in (("", False), (starting.TUNABLE, True), ("glibc.malloc.hugetlb=0", False)):
-        monkeypatch.setenv("GLIBC_TUNABLES", asked)
-        assert starting.large() == given
-    pages.write_text("[always] madvise never\n")
-    assert starting.large()
+@pytest.mark.parametrize(
+    ("mode", "asked", "found"),
+    [
+        ("always [madvise] never", "", False),
+        ("always [madvise] never", "glibc.malloc.hugetlb=1", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", False),
+        ("[always] madvise never", "", True),
+        ("always madvise [never]", "glibc.malloc.hugetlb=1", False),
+        ("always madvise [never]", "glibc.malloc.hugetlb=2", True),  # a kind of its own
+    ],
+)
+def test_whether_pages_are_large(pages, monkeypatch, mode, asked, found):
+    pages.write_text(mode)
+    monkeypatch.setenv("GLIBC_TUNABLES", asked)
+    assert starting.large() == found
 
 
 def test_nothing_begins_again_but_a_program(monkeypatch):
@@ -52,19 +68,27 @@ def test_nothing_begins_again_but_a_program(monkeypatch):
     starting.begin("__main__")
 
 
+PROGRAM = """
+import os, pathlib, sys
+from scanax.experiments import starting
+starting.PAGES = pathlib.Path({pages!r})
+starting.HERE = pathlib.Path({folder!r})
+starting.platform.libc_ver = lambda: ("glibc", "2.40")
+print("begun", flush=True)
+starting.begin(__name__)
+print(sys.argv[1:], sys.flags.optimize, os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
 def test_a_program_begins_again_as_it_was(tmp_path):
-    """Once, with the same arguments and options of Python."""
+    """Once, with the same arguments and options of Python; one read from standard input does not,
+    for it could not be read again."""
     (tmp_path / "enabled").write_text("always [madvise] never\n")
-    (tmp_path / "program.py").write_text(
-        "import os, pathlib, sys\n"
-        "from scanax.experiments import starting\n"
-        f"starting.PAGES = pathlib.Path({str(tmp_path / 'enabled')!r})\n"
-        "starting.platform.libc_ver = lambda: ('glibc', '2')\n"
-        "print('begun', flush=True)\n"
-        "starting.begin(__name__)\n"
-        "print(sys.argv[1:], sys.flags.optimize, os.environ['GLIBC_TUNABLES'])\n"
-    )
+    program = PROGRAM.format(pages=str(tmp_path / "enabled"), folder=str(tmp_path.resolve()))
+    (tmp_path / "program.py").write_text(program)
     run = [sys.executable, "-O", str(tmp_path / "program.py"), "--a", "b c"]
     done = subprocess.run(run, capture_output=True, text=True, env={})
-    said = f"begun\nbegun\n['--a', 'b c'] 1 {starting.TUNABLE}\n"
+    said = "begun\nbegun\n['--a', 'b c'] 1 glibc.malloc.hugetlb=1\n"
     assert (done.stdout, done.stderr) == (said, "")
+    done = subprocess.run([sys.executable], input=program, capture_output=True, text=True, env={})
+    assert (done.stdout, done.stderr) == ("begun\n[] 0 None\n", "")

@@ -47,6 +47,17 @@ def test_split_and_merge_are_inverse():
     assert not any("log_decay" in str(path) for path, _ in jax.tree.leaves_with_path(params))
 
 
+def test_blocks_one_by_one_are_the_same_model():
+    """From the same parameters by layer; every run has one layer."""
+    model = LM(CONFIG, rngs=nnx.Rngs(0))
+    one = dataclasses.replace(model.config, stacked=False)
+    graphdef, _, rest = split(LM(one, rngs=nnx.Rngs(1)))
+    params = from_layers(one, by_layer(model.config, split(model)[1]))
+    assert len(params["blocks"]) == 8 > len(split(model)[1]["blocks"])
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    close(merge(graphdef, params, rest)(tokens), model(tokens), 1e-5)
+
+
 def test_by_layer_and_back():
     params = _numbered()
     flat = by_layer(CONFIG, params)
