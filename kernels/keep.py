@@ -28,7 +28,9 @@ def rule(forward: Callable[..., Any]) -> Callable[..., Any]:
         known = {id(x): x for x in jax.tree.leaves(arguments)}
 
         def once(x):
-            return known.setdefault(id(x), keep(x)) if id(x) not in known else known[id(x)]
+            if id(x) not in known:
+                known[id(x)] = keep(x)
+            return known[id(x)]
 
         return jax.tree.map(once, forward(*arguments))
 
