@@ -5,11 +5,12 @@ python -m scanax.experiments.benchmark --ops gla mamba --repeats 9
 python -m scanax.experiments.benchmark --ops --dtype bfloat16 --implementations xla
 python -m scanax.experiments.benchmark --models mamba2 llama --decode 1 8
 python -m scanax.experiments.benchmark --lengths 8192 65536
+python -m scanax.experiments.benchmark --startup 4 16
 python -m scanax.experiments.benchmark --compare before/benchmark.json --out runs/after
 
---ops, --models, --decode and --lengths choose what is measured, alone they mean all of theirs;
-without any of them all is. Figures are medians of runs that take turns, so that a machine that
-slows down slows all, ± half of what the middle half of them differ by. "both" is forward and
+--ops, --models, --decode, --lengths and --startup choose what is measured, alone they mean all of
+theirs; without any of them all is. Figures are medians of runs that take turns, so that a machine
+that slows down slows all, ± half of what the middle half of them differ by. "both" is forward and
 backward, "over ours" times as long as ours. Bounds of operations are the least time that their
 bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
 measured of it in float32.
@@ -42,7 +43,15 @@ import jax
 import jax.numpy as jnp
 import tqdm
 from scanax.experiments import bounds, files, flags, timing
-from scanax.experiments.benchmarks import lengths, models, operations, peers, pictures, whole_models
+from scanax.experiments.benchmarks import (
+    lengths,
+    models,
+    operations,
+    peers,
+    pictures,
+    startup,
+    whole_models,
+)
 from scanax.experiments.benchmarks.problems import problems
 from scanax.experiments.benchmarks.table import Rows, changes, markdown
 from scanax.kernels import (
@@ -59,8 +68,10 @@ TITLES = {
     "models": "Training models",
     "decode": "Decoding",
     "lengths": "Lengths",
+    "startup": "Start-up",
 }
 FILE = "benchmark.json"
+DEPTHS = (4, 16)
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -78,6 +89,9 @@ class Benchmark:
     lengths: tuple[int, ...] | None = None
     """Tokens a row, at which the operations (without --ops all whose state does not grow) are
     timed on equal numbers of tokens."""
+    startup: tuple[int, ...] | None = None
+    """Blocks of a model, at which a `train` command is timed from its beginning to its first step:
+    with no compiled programs kept, and with those of the run before."""
     batch: int = 2
     """Rows of an operation."""
     length: int = 2048
@@ -137,6 +151,7 @@ def completed(config: Benchmark) -> Benchmark:
         "models": whole_models.NAMES,
         "decode": (1, 8),
         "lengths": LENGTHS,
+        "startup": DEPTHS,
     }
     none = all(getattr(config, name) is None for name in every)
     full = {name: all_ for name, all_ in every.items() if none or getattr(config, name) == ()}
@@ -258,6 +273,8 @@ def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Ro
     for op in [op for op in config.ops or lengths.OPS if op in lengths.OPS] if tokens else ():
         call = functools.partial(lengths.measure, op, tokens, *shape, dtype, rounds(op))
         yield "lengths", fitting(op, call)
+    if config.startup:
+        yield "startup", startup.measure(config.startup, rounds("start-up"))
 
 
 def fitting(name: str, call: Callable[[], Rows]) -> Rows:

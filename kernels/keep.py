@@ -1,8 +1,8 @@
-"""What is kept for the backward pass where all else of a block is computed again.
+"""What is kept for the backward pass, and what is computed again.
 
-Values of this name alone: the results of products of weights and of kernels, and what kernels make
-for their own backward pass. A policy that keeps results by their primitives would look into the
-loops of kernels, and keep what each turn of them makes.
+Where a block is computed again, values of one name alone are kept: the results of products of
+weights and of kernels, and what kernels make for their own backward pass. A policy that keeps
+results by their primitives would look into the loops of kernels, and keep what each turn makes.
 """
 
 from collections.abc import Callable
@@ -35,3 +35,19 @@ def rule(forward: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(once, forward(*arguments))
 
     return named
+
+
+def again(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f of arrays, of which the backward pass keeps the arguments and computes the rest again.
+
+    For activations, norms and other chains of cheap steps, each of whose results would be written
+    and read, and copied into and out of a stack where layers are scanned. What f returns is written
+    once, where XLA for CPUs would compute it in every place that reads it.
+    """
+    remembered = jax.checkpoint(f)
+
+    @wraps(f)
+    def written(*arguments):
+        return jax.lax.optimization_barrier(remembered(*arguments))
+
+    return written

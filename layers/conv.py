@@ -1,5 +1,7 @@
 """Short causal convolution along time, one filter a channel."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from ..kernels import keep
 from ..kernels.documents import positions
 from ..sharding import sequence
 
@@ -14,7 +17,7 @@ BLOCK = 128  # tokens whose share of the kernel's gradient is summed at once
 
 
 class ShortConv(nnx.Module):
-    """y_t = bias + sum_{j < size} kernel[size - 1 - j] x_{t-j}, no activation.
+    """y_t = bias + sum_{j < size} kernel[size - 1 - j] x_{t-j}, or silu of it.
 
     Inputs before the start of a document count as zero. Kernel and bias are drawn uniformly from
     +-1/sqrt(size), as in the released Mamba.
@@ -26,13 +29,14 @@ class ShortConv(nnx.Module):
         size: int = 4,
         bias: bool = True,
         *,
+        silu: bool = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if size < 1:
             raise ValueError(f"a convolution of {size} taps; it needs at least 1")
-        self.size, self.channels, self.dtype = size, channels, dtype
+        self.size, self.channels, self.silu, self.dtype = size, channels, silu, dtype
         limit = size**-0.5
         draw = rngs.params.uniform
         self.kernel = nnx.Param(draw((size, channels), param_dtype, -limit, limit))
@@ -53,16 +57,18 @@ class ShortConv(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         weights = self.kernel[...].astype(self.dtype), bias
         spread = P(None, "tensor"), None if bias is None else P("tensor")
-        y, after = sequence.run_window(_convolved, x, weights, window, reset, spread)
-        return y.astype(self.dtype), after
+        y, after = sequence.run_window(
+            partial(_convolved, silu=self.silu), x, weights, window, reset, spread
+        )
+        return y, after
 
     def init_window(self, batch: int, dtype: DTypeLike) -> Float[Array, "B W D"]:
         """The window before any token."""
         return jnp.zeros((batch, self.size - 1, self.channels), dtype)
 
 
-def _convolved(x, weights, window, reset):
-    """(y in at least float32, the last inputs of the current document)."""
+def _convolved(x, weights, window, reset, silu):
+    """(y in the kernel's dtype, the last inputs of the current document)."""
     (batch, time, _), past = x.shape, window.shape[1]
     kernel, bias = weights
     padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
@@ -70,9 +76,14 @@ def _convolved(x, weights, window, reset):
     age = jnp.full((batch, time), past, jnp.int32)  # how far back each token may look
     if reset is not None:
         age, _ = positions(time, age[:, 0], reset)
-    y = convolve(kernel.astype(exact), padded, age)
-    if bias is not None:
-        y = y + bias.astype(exact)
+
+    @keep.again
+    def activated(kernel, bias, padded, age):
+        y = convolve(kernel.astype(exact), padded, age)
+        y = y if bias is None else y + bias.astype(exact)
+        return (jax.nn.silu(y) if silu else y).astype(kernel.dtype)
+
+    y = activated(kernel, bias, padded, age)
     lags = jnp.arange(past - 1, -1, -1, dtype=jnp.int32)
     tail = jnp.where((age[:, -1:] >= lags)[..., None], padded[:, time:], 0)
     return y, tail.astype(window.dtype)

@@ -10,9 +10,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import keep
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
+from .gate import swish_gated
 from .linear import Linear, columns, rows
 from .norm import RMSNorm, SimpleRMSNorm
 
@@ -97,7 +99,9 @@ class GLA(nnx.Module):
         self.conv = nnx.Dict()
         for name in "qkv" if config.conv else "":
             channels = getattr(self, name).out_features
-            self.conv[name] = ShortConv(channels, config.conv, bias=False, dtype=dtype, **kinds)
+            self.conv[name] = ShortConv(
+                channels, config.conv, bias=False, silu=True, dtype=dtype, **kinds
+            )
 
     def __call__(
         self,
@@ -109,22 +113,23 @@ class GLA(nnx.Module):
         x, *qkv, gate = columns(x, self.q, self.k, self.v, self.gate)
         qkv, after = dict(zip("qkv", qkv, strict=True)), {}
         for name, conv in self.conv.items():
-            y, after[f"conv_{name}"] = conv(qkv[name], before.get(f"conv_{name}"), reset)
-            qkv[name] = jax.nn.silu(y)
+            window = before.get(f"conv_{name}")
+            qkv[name], after[f"conv_{name}"] = conv(qkv[name], window, reset)
         q, k = (rearrange(qkv[name], "b t (h k) -> b t h k", k=self.key) for name in "qk")
         v = rearrange(qkv["v"], "b t (h v) -> b t h v", v=self.value)
-        log_decay = jax.nn.log_sigmoid(self.decay_up(self.decay_down(x)))
-        log_decay = log_decay / self.config.decay_temperature
-        if self.config.decay_min is not None:
-            log_decay = jnp.maximum(log_decay, self.config.decay_min)
-        log_decay = repeat(
-            log_decay, "b t (g k) -> b t (g r) k", k=self.key, r=self.heads // self.groups
-        )
+
+        @keep.again
+        def decays(x):
+            x = jax.nn.log_sigmoid(x) / self.config.decay_temperature
+            x = x if self.config.decay_min is None else jnp.maximum(x, self.config.decay_min)
+            return repeat(x, "b t (g k) -> b t (g r) k", k=self.key, r=self.heads // self.groups)
+
+        log_decay = decays(self.decay_up(self.decay_down(x)))
         y, after["S"] = linear_attention(
             q * self.key**-0.5, k, v, log_decay, state=before["S"], reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        return rows(self.out, y * jax.nn.silu(gate.astype(self.exact))), after
+        return rows(self.out, swish_gated(y, gate.astype(self.exact))), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

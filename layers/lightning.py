@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import keep
 from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
@@ -97,9 +98,8 @@ class Lightning(nnx.Module):
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
-        q, k, after = jax.nn.silu(q), jax.nn.silu(k), {}
-        if self.config.silu_values:
-            v = jax.nn.silu(v)
+        silu, after = keep.again(jax.nn.silu), {}
+        q, k, v = silu(q), silu(k), silu(v) if self.config.silu_values else v
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.size) for y in (q, k, v))
         if self.lrpe:
             batch, time, _ = x.shape

@@ -11,9 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import keep
 from ..sharding.ops import selective_scan
 from .conv import ShortConv
 from .depth import ONLY, Depth
+from .gate import swish_gated
 from .linear import Linear, columns, rows
 from .norm import RMSNorm, rms_norm
 
@@ -86,7 +88,7 @@ class Mamba(nnx.Module):
             return Linear(din, dout, use_bias=bias, kernel_init=init, **kinds)
 
         self.x, self.z = (linear(width, inner, config.bias), linear(width, inner, config.bias))
-        self.conv = ShortConv(inner, config.conv, config.conv_bias, **kinds)
+        self.conv = ShortConv(inner, config.conv, config.conv_bias, silu=True, **kinds)
         if config.selective:
             self.dt_down = linear(inner, rank)
             self.B, self.C = linear(inner, size), linear(inner, size)
@@ -112,13 +114,17 @@ class Mamba(nnx.Module):
         window, h = (None, None) if state is None else (state["conv"], state["S"])
         _, u, z = columns(x, self.x, self.z)
         u, window = self.conv(u, window, reset)
-        u = jax.nn.silu(u)
         dt, B, C = self._selected(u) if self.config.selective else self._constants(u)
         exact = jnp.promote_types(jnp.float32, self.dtype)
-        delta = jax.nn.softplus(dt.astype(exact) + self.dt_bias[...].astype(exact))
+
+        @keep.again
+        def step_size(dt, bias):
+            return jax.nn.softplus(dt.astype(exact) + bias.astype(exact))
+
+        delta = step_size(dt, self.dt_bias[...])
         A = -jnp.exp(self.A_log[...].astype(exact))
         y, h = selective_scan(u, delta, A, B, C, D=self.D[...], state=h, reset=reset)
-        return rows(self.out, y * jax.nn.silu(z)), {"conv": window, "S": h}
+        return rows(self.out, swish_gated(y, z)), {"conv": window, "S": h}
 
     def _selected(self, u):
         dt, B, C = self.dt_down(u), self.B(u), self.C(u)

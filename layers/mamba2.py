@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import keep
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
@@ -85,7 +86,7 @@ class Mamba2(nnx.Module):
             return Linear(din, dout, use_bias=config.bias, kernel_init=init, **kinds)
 
         def conv(channels):
-            return ShortConv(channels, config.conv, config.conv_bias, **kinds)
+            return ShortConv(channels, config.conv, config.conv_bias, silu=True, **kinds)
 
         self.x, self.z, self.dt = (linear(width, inner), linear(width, inner), linear(width, heads))
         self.B, self.C = linear(width, size), linear(width, size)
@@ -109,20 +110,25 @@ class Mamba2(nnx.Module):
 
         def mixed(y, conv, name, heads):
             y, window = conv(y, carried.get(name), reset)
-            return rearrange(jax.nn.silu(y), "b t (h k) -> b t h k", h=heads), window
+            return rearrange(y, "b t (h k) -> b t h k", h=heads), window
 
         u, x_window = mixed(u, self.x_conv, "x_conv", self.heads)
         B, B_window = mixed(self.B(x), self.B_conv, "B_conv", config.groups)
         C, C_window = mixed(self.C(x), self.C_conv, "C_conv", config.groups)
+
+        @keep.again
+        def normed(y, u, z, D, scale):
+            y = y.astype(exact) + D.astype(exact)[:, None] * u.astype(exact)
+            y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(z.astype(exact))
+            y = rms_norm(rearrange(y, "b t (g d) -> b t g d", g=config.groups), config.norm_eps)
+            return rearrange(y, "b t g d -> b t (g d)") * scale.astype(exact)
+
         dt = jax.nn.softplus(dt.astype(exact) + self.dt_bias[...].astype(exact))
         dt = jnp.clip(dt, *config.dt_limit)
         log_decay = -dt * jnp.exp(self.A_log[...].astype(exact))
-        v = (dt[..., None] * u.astype(exact)).astype(u.dtype)
+        v = keep.again(lambda dt, u: (dt[..., None] * u.astype(exact)).astype(u.dtype))(dt, u)
         y, S = linear_attention(C, B, v, log_decay, state=carried.get("S"), reset=reset)
-        y = y.astype(exact) + self.D[...].astype(exact)[:, None] * u.astype(exact)
-        y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(z.astype(exact))
-        y = rms_norm(rearrange(y, "b t (g d) -> b t g d", g=config.groups), config.norm_eps)
-        y = rearrange(y, "b t g d -> b t (g d)") * self.scale[...].astype(exact)
+        y = normed(y, u, z, self.D[...], self.scale[...])
         state = {"x_conv": x_window, "B_conv": B_window, "C_conv": C_window, "S": S}
         return rows(self.out, y.astype(self.dtype)), state
 

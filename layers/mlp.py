@@ -1,6 +1,7 @@
 """Channel mixers: gated linear units and the two-layer GELU network."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..kernels import keep
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
 
@@ -59,7 +61,8 @@ class GLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         _, gate, up = columns(x, self.gate, self.up)
-        return rows(self.down, self.activation(gate) * up)
+        gated = keep.again(lambda gate, up: self.activation(gate) * up)
+        return rows(self.down, gated(gate, up))
 
     def activation(self, x: Array) -> Array:
         return x
@@ -99,7 +102,7 @@ class GELU(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         _, up = columns(x, self.up)
-        return rows(self.down, jax.nn.gelu(up, approximate=self.tanh))
+        return rows(self.down, keep.again(partial(jax.nn.gelu, approximate=self.tanh))(up))
 
 
 def _projections(config, depth, dtype, param_dtype, rngs):

@@ -1,6 +1,7 @@
 """Mixture of experts: a channel mixer of which each token uses a few parts."""
 
 import dataclasses
+from functools import partial
 from typing import Literal, get_args, get_origin
 
 import jax
@@ -9,9 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..kernels import grouped_matmul, routing
+from ..kernels import grouped_matmul, keep, routing
 from ..sharding import expert
 from .depth import ONLY, Depth
+from .gate import swish_gated
 from .linear import Linear
 from .mlp import MLPConfig, SwiGLU
 from .router import ROUTERS
@@ -152,9 +154,9 @@ class MoE(nnx.Module):
             ones = jnp.ones((x.shape[0], 1), x.dtype)  # its gradient is summed as a kernel's
             up = up + grouped_matmul(ones, kernels["up_bias"][:, None], sizes)
         if "gate" in kernels:
-            up = jax.nn.silu(grouped_matmul(x, kernels["gate"], sizes, transpose=True)) * up
+            up = swish_gated(up, grouped_matmul(x, kernels["gate"], sizes, transpose=True))
         elif self.config.activation == "gelu":
-            up = jax.nn.gelu(up, approximate=self.tanh)
+            up = keep.again(partial(jax.nn.gelu, approximate=self.tanh))(up)
         else:
             up = jax.nn.relu(up)
         return grouped_matmul(up, kernels["down"], sizes)

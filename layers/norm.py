@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..kernels import keep
+
 
 def rms_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) over the last axis, in float32 at least  (arXiv:1910.07467)."""
@@ -46,7 +48,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return (rms_norm(x, self.eps) * self.scale[...]).astype(self.dtype)
+        @keep.again
+        def normed(x, scale):
+            return (rms_norm(x, self.eps) * scale).astype(self.dtype)
+
+        return normed(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -67,7 +73,11 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(self.dtype)
+        @keep.again
+        def normed(x, scale, bias):
+            return (layer_norm(x, self.eps) * scale + bias).astype(self.dtype)
+
+        return normed(x, self.scale[...], self.bias[...])
 
 
 class GroupNorm(nnx.Module):
@@ -91,8 +101,11 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... H W D"]) -> Float[Array, "... H W D"]:
-        y = group_norm(x, self.groups, self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+        @keep.again
+        def normed(x, scale, bias):
+            return (group_norm(x, self.groups, self.eps) * scale + bias).astype(self.dtype)
+
+        return normed(x, self.scale[...], self.bias[...])
 
 
 class SimpleRMSNorm(nnx.Module):
@@ -102,4 +115,4 @@ class SimpleRMSNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, self.eps).astype(self.dtype)
+        return keep.again(lambda x: rms_norm(x, self.eps).astype(self.dtype))(x)

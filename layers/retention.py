@@ -3,7 +3,6 @@
 import dataclasses
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -16,6 +15,7 @@ from . import decay
 from .constant import Constant
 from .conv import ShortConv
 from .depth import ONLY, Depth
+from .gate import swish_gated
 from .linear import Linear, columns, rows
 from .norm import RMSNorm, SimpleRMSNorm
 from .position import rotary_angles, rotate_half, rotate_interleaved
@@ -99,7 +99,9 @@ class Retention(nnx.Module):
         self.conv = nnx.Dict()
         for name in "qkv" if config.conv else "":
             channels = getattr(self, name).out_features
-            self.conv[name] = ShortConv(channels, config.conv, bias=False, dtype=dtype, **kinds)
+            self.conv[name] = ShortConv(
+                channels, config.conv, bias=False, silu=True, dtype=dtype, **kinds
+            )
         exponents = np.linspace(0, 1, self.key // 2, endpoint=config.inclusive)
         self.log_decay = Constant(jnp.asarray(decay.retention(self.heads), exact))
         self.frequencies = Constant(jnp.asarray(config.rotary_base**-exponents, exact))
@@ -117,8 +119,8 @@ class Retention(nnx.Module):
         _, *qkv, gate = columns(x, self.q, self.k, self.v, self.gate)
         qkv = dict(zip("qkv", qkv, strict=True))
         for name, conv in self.conv.items():
-            y, after[f"conv_{name}"] = conv(qkv[name], before.get(f"conv_{name}"), reset)
-            qkv[name] = jax.nn.silu(y)
+            window = before.get(f"conv_{name}")
+            qkv[name], after[f"conv_{name}"] = conv(qkv[name], window, reset)
         q, k = (rearrange(qkv[name], "b t (h k) -> b t h k", k=self.key) for name in "qk")
         v = rearrange(qkv["v"], "b t (h v) -> b t h v", v=self.value)
         q, k = rotate(q, angle), rotate(k, angle)
@@ -130,7 +132,7 @@ class Retention(nnx.Module):
             q, k, v, self.log_decay[...], state=before.get("S"), reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        return rows(self.out, y * jax.nn.silu(gate.astype(self.exact))), after
+        return rows(self.out, swish_gated(y, gate.astype(self.exact))), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

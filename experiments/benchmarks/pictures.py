@@ -20,6 +20,9 @@ def draw(folder: Path, section: str, rows: Rows, title: str) -> None:
     if section == "lengths":
         _lengths(path, rows)
         return
+    if section == "startup":
+        _startup(path, rows, title)
+        return
     figure, bound, y = BARS[section]
     groups: dict[str, dict[str, tuple[float, float | None]]] = {}
     for name, row in rows.items():
@@ -47,3 +50,12 @@ def _lengths(path: Path, rows: Rows) -> None:
         left = panels.Panel("time of a token", x, "forward and backward (us)", times, "xy")
         right = panels.Panel("temporaries of a row", x, "forward and backward (MB)", memory, "xy")
         panels.draw(path, [left, right])
+
+
+def _startup(path: Path, rows: Rows, title: str) -> None:
+    labels = {"cold_s": "nothing kept", "warm_s": "compiled programs kept", "imports_s": "imports"}
+    groups = {
+        name: {label: (float(row[column] or 0), None) for column, label in labels.items()}
+        for name, row in rows.items()
+    }
+    bars.draw(path, groups, title, "to the first step (s)")

@@ -90,7 +90,7 @@ def product(x, w, sizes, transpose):
         """Rows from `start` times their group's w, at their place in the frame."""
         w = jax.lax.dynamic_index_in_dim(w, group, keepdims=False).astype(x.dtype)
         first, x = take(x, start, height)
-        y = dot(x, w.T if transpose else w, ((1,), (0,))).astype(x.dtype)
+        y = dot(x, w, ((1,), (1 if transpose else 0,))).astype(x.dtype)
         if height == whole:
             return y
         place = first - jnp.minimum(start, rows - whole)

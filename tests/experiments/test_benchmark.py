@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scanax.experiments import benchmark, bounds, timing
-from scanax.experiments.benchmarks import lengths, memory, peers, pictures, whole_models
+from scanax.experiments.benchmarks import lengths, memory, peers, pictures, startup, whole_models
 from scanax.experiments.benchmarks.problems import of_model, problems
 from scanax.experiments.benchmarks.table import changes, markdown
 from scanax.experiments.plots import bars
@@ -185,6 +185,19 @@ def test_rows_of_models(tmp_path, monkeypatch):
     assert found["decode"]["gla B=2"]["tokens_per_s"] > 0
     for name in ("models", "decode"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_startup(tmp_path):
+    row = tables(tmp_path, "--startup", "1")["startup"]["train, depth 1"]
+    assert 0 < row["imports_s"] < row["warm_s"] < row["cold_s"]
+    assert (tmp_path / "out" / "startup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_command_that_ends_before_its_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(startup, "TRAIN", "scanax.experiments.no_such")
+    assert benchmark.main(["--startup", "1", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "ended before its first step" in said and "No module named" in said
 
 
 def test_rows_of_lengths(tmp_path):
