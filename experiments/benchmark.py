@@ -91,7 +91,7 @@ class Benchmark:
     timed on equal numbers of tokens."""
     startup: tuple[int, ...] | None = None
     """Blocks of a model, at which a `train` command is timed from its beginning to its first step:
-    with no compiled programs kept, and with those of the run before."""
+    with no compiled programs kept, and with those of the run before; each --repeats times."""
     batch: int = 2
     """Rows of an operation."""
     length: int = 2048

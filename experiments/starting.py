@@ -10,7 +10,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LOADED = ("IPython", "numpy")  # what a program that began elsewhere, a notebook, has loaded by now
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-CACHE = "JAX_COMPILATION_CACHE_DIR"
 NAME, MARK = "glibc.malloc.hugetlb", "SCANAX_BEGAN_AGAIN"
 
 
@@ -18,32 +17,15 @@ def begin(name: str) -> None:
     """`name` is the module's own, "__main__" where it is the program.
 
     This folder's files must not stand before libraries of their names, as they do in a program that
-    is run by its path. A program keeps what it compiles for the next, which begins in half the
-    time: in `programs()`, unless JAX_COMPILATION_CACHE_DIR names another folder; JAX's
-    JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing. And a program begins again with its memory in
-    large pages, where Linux gives them to who asks and the C library asks if it is told so from the
-    start: on a CPU a training step takes a fifth less time, for it waits for page tables no more.
-    GLIBC_TUNABLES with glibc.malloc.hugetlb in it is left as it is (=0: small pages).
+    is run by its path. And a program begins again with its memory in large pages, where Linux gives
+    them to who asks and the C library asks if it is told so from the start: on a CPU a training
+    step takes a fifth less time, for it waits for page tables no more. GLIBC_TUNABLES with
+    glibc.malloc.hugetlb in it is left as it is (=0: small pages).
     """
     if sys.path and os.path.realpath(sys.path[0]) == str(HERE):
         del sys.path[0]
-    if name != "__main__" or not alone():
-        return
-    if CACHE not in os.environ and (folder := programs()):
-        os.environ[CACHE] = folder
-    if environment := with_large_pages(os.environ):
+    if name == "__main__" and alone() and (environment := with_large_pages(os.environ)):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def programs() -> str | None:
-    """~/.cache/scanax/jax, or its like in XDG_CACHE_HOME; None if nothing can be written there."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base, "scanax", "jax")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
 
 
 def alone() -> bool:

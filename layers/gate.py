@@ -1,6 +1,7 @@
 """Products with a gate."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..kernels import keep
@@ -9,4 +10,4 @@ from ..kernels import keep
 @keep.again
 def swish_gated(x: Float[Array, "*S D"], gate: Float[Array, "*S D"]) -> Float[Array, "*S D"]:
     """x * silu(gate), in the wider of their dtypes."""
-    return x * jax.nn.silu(gate)
+    return x * jax.nn.silu(gate.astype(jnp.promote_types(x.dtype, gate.dtype)))

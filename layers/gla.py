@@ -129,7 +129,7 @@ class GLA(nnx.Module):
             q * self.key**-0.5, k, v, log_decay, state=before["S"], reset=reset
         )
         y = rearrange(self.norm(y), "b t h v -> b t (h v)")
-        return rows(self.out, swish_gated(y, gate.astype(self.exact))), after
+        return rows(self.out, swish_gated(y, gate)), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

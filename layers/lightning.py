@@ -98,8 +98,9 @@ class Lightning(nnx.Module):
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
-        silu, after = keep.again(jax.nn.silu), {}
+        silu = keep.again(jax.nn.silu)
         q, k, v = silu(q), silu(k), silu(v) if self.config.silu_values else v
+        after = {}
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.size) for y in (q, k, v))
         if self.lrpe:
             batch, time, _ = x.shape
@@ -111,10 +112,14 @@ class Lightning(nnx.Module):
         y, after["S"] = linear_attention(
             q, k, v, self.log_decay[...], state=None if state is None else state["S"], reset=reset
         )
-        gate = gate.astype(self.exact)
-        if self.config.sigmoid_gate:
-            gate = jax.nn.sigmoid(gate)
-        return rows(self.out, self.norm(rearrange(y, "b t h v -> b t (h v)")) * gate), after
+
+        @keep.again
+        def gated(y, gate):
+            gate = gate.astype(self.exact)
+            return y * (jax.nn.sigmoid(gate) if self.config.sigmoid_gate else gate)
+
+        y = self.norm(rearrange(y, "b t h v -> b t (h v)"))
+        return rows(self.out, gated(y, gate)), after
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> dict[str, Array]:
         """The state before any token, of a size that does not grow with `max_length`."""

@@ -121,7 +121,8 @@ class Mamba2(nnx.Module):
             y = y.astype(exact) + D.astype(exact)[:, None] * u.astype(exact)
             y = rearrange(y, "b t h v -> b t (h v)") * jax.nn.silu(z.astype(exact))
             y = rms_norm(rearrange(y, "b t (g d) -> b t g d", g=config.groups), config.norm_eps)
-            return rearrange(y, "b t g d -> b t (g d)") * scale.astype(exact)
+            y = rearrange(y, "b t g d -> b t (g d)") * scale.astype(exact)
+            return y.astype(self.dtype)
 
         dt = jax.nn.softplus(dt.astype(exact) + self.dt_bias[...].astype(exact))
         dt = jnp.clip(dt, *config.dt_limit)
@@ -130,7 +131,7 @@ class Mamba2(nnx.Module):
         y, S = linear_attention(C, B, v, log_decay, state=carried.get("S"), reset=reset)
         y = normed(y, u, z, self.D[...], self.scale[...])
         state = {"x_conv": x_window, "B_conv": B_window, "C_conv": C_window, "S": S}
-        return rows(self.out, y.astype(self.dtype)), state
+        return rows(self.out, y), state
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
         """The state before any token; its size does not depend on `max_length`."""

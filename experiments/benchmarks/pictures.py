@@ -57,5 +57,7 @@ def _startup(path: Path, rows: Rows, title: str) -> None:
     groups = {
         name: {label: (float(row[column] or 0), None) for column, label in labels.items()}
         for name, row in rows.items()
+        if "cold_s" in row
     }
-    bars.draw(path, groups, title, "to the first step (s)")
+    if groups:
+        bars.draw(path, groups, title, "to the first step (s)")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scanax.experiments import benchmark, bounds, timing
+from scanax.experiments import benchmark, bounds, starting, timing
 from scanax.experiments.benchmarks import lengths, memory, peers, pictures, startup, whole_models
 from scanax.experiments.benchmarks.problems import of_model, problems
 from scanax.experiments.benchmarks.table import changes, markdown
@@ -188,9 +188,40 @@ def test_rows_of_models(tmp_path, monkeypatch):
 
 
 def test_rows_of_startup(tmp_path):
-    row = tables(tmp_path, "--startup", "1")["startup"]["train, depth 1"]
-    assert 0 < row["imports_s"] < row["warm_s"] < row["cold_s"]
+    row = tables(tmp_path, "--startup", "1", "--repeats", "1")["startup"]["train, depth 1"]
+    assert min(row[name] for name in ("cold_s", "warm_s", "imports_s")) > 0
     assert (tmp_path / "out" / "startup.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_second_start_finds_what_the_first_compiled(tmp_path):
+    cache, kept = tmp_path / "cache", []
+    for run in "cold", "warm":
+        startup._first_step(1, tmp_path / run, startup.surroundings(str(cache)))
+        kept.append(sorted(cache.glob("jit_step-*-cache")))
+        first = (tmp_path / run / "metrics.jsonl").read_text("utf-8").splitlines()[0]
+        assert json.loads(first)["step"] == 1
+    assert len(kept[0]) == 1 and kept[1] == kept[0]
+
+
+def test_start_up_has_the_surroundings_of_a_command(monkeypatch):
+    for name in ("JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    monkeypatch.delenv(starting.MARK, raising=False)
+    found = startup.surroundings("here")
+    assert found["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"  # the user's
+    assert {name: x for name, x in found.items() if "CACHE" in name and "JAX" in name} == {
+        "JAX_COMPILATION_CACHE_DIR": "here"
+    }
+    monkeypatch.setenv(starting.MARK, "1")
+    found = startup.surroundings("here")
+    assert "GLIBC_TUNABLES" not in found and starting.MARK not in found
+
+
+def test_no_start_up_is_timed_beside_an_accelerator(monkeypatch, tmp_path):
+    monkeypatch.setattr(startup.jax, "default_backend", lambda: "tpu")
+    row = tables(tmp_path, "--startup", "1")["startup"]["train, depth 1"]
+    assert "holds the accelerator" in row["note"]
 
 
 def test_a_command_that_ends_before_its_first_step(tmp_path, monkeypatch, capsys):

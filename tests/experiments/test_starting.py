@@ -92,27 +92,3 @@ def test_a_program_begins_again_as_it_was(tmp_path):
     assert (done.stdout, done.stderr) == (said, "")
     done = subprocess.run([sys.executable], input=program, capture_output=True, text=True, env={})
     assert (done.stdout, done.stderr) == ("begun\n[] 0 None\n", "")
-
-
-def test_where_compiled_programs_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert starting.programs() == str(tmp_path / "scanax" / "jax")
-    assert (tmp_path / "scanax" / "jax").is_dir()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    (tmp_path / "a file").write_text("")
-    assert starting.programs() is None  # nothing can be written there: nothing is kept
-
-
-@pytest.mark.parametrize("named", [None, "elsewhere"])
-def test_a_program_keeps_what_it_compiles(tmp_path, monkeypatch, named):
-    monkeypatch.setattr(starting, "alone", lambda: True)
-    monkeypatch.setattr(starting, "with_large_pages", lambda _: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(starting.CACHE, named or "")
-    if not named:
-        monkeypatch.delenv(starting.CACHE)
-    starting.begin("scanax.experiments.train")
-    assert starting.os.environ.get(starting.CACHE) == named
-    starting.begin("__main__")
-    kept = named or str(tmp_path / "scanax" / "jax")
-    assert starting.os.environ[starting.CACHE] == kept

@@ -87,3 +87,11 @@ def test_initial_values_are_uniform_within_a_root_of_the_size():
     for values in (conv.kernel[...], conv.bias[...]):
         assert jnp.abs(values).max() <= 0.5 and jnp.abs(values).max() > 0.49
         assert abs(jnp.std(values) - 0.5 / 3**0.5) < 0.01
+
+
+def test_silu_follows_where_it_is_asked_for():
+    x = jax.random.normal(jax.random.key(0), (BATCH, 7, CHANNELS), jnp.float32)
+    plain, silu = (ShortConv(CHANNELS, SIZE, silu=each, rngs=nnx.Rngs(0)) for each in (False, True))
+    (y, window), (activated, same) = plain(x), silu(x)
+    close(activated, jax.nn.silu(y), 1e-6)
+    np.testing.assert_array_equal(window, same)
