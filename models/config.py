@@ -73,7 +73,7 @@ class BackboneConfig:
     decoded."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only (full), or results of products
-    of weights and of kernels (dots), half the memory and little that is computed again."""
+    of weights and of kernels (dots), less memory and little that is computed again."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     """The MLPs."""
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -52,7 +52,10 @@ def test_eight_devices_do_the_work_of_one(name):
 
 @pytest.mark.parametrize("pattern", ["gla+swiglu", "mamba2", "aaren"])
 def test_dots_computes_no_product_and_no_kernel_again(pattern):
-    """Elementwise work alone, for half the memory: as everything again would take a fifth more."""
+    """Elementwise work alone, for less memory: as everything again would take a fifth more.
+
+    Without it chains of elementwise steps are computed again as well: what it saves is the rest.
+    """
     config = LMConfig(vocab=64, width=32, depth=2, pattern=pattern)
     flops, memory = {}, {}
     for remat in ("none", "dots", "full"):
@@ -60,4 +63,4 @@ def test_dots_computes_no_product_and_no_kernel_again(pattern):
         flops[remat] = hlo.count(compiled.as_text()).flops
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert flops["dots"] < 1.06 * flops["none"] < flops["full"] / 1.1
-    assert memory["dots"] < 0.8 * memory["none"]
+    assert memory["full"] < memory["dots"] < 0.95 * memory["none"]
