@@ -63,4 +63,5 @@ def test_dots_computes_no_product_and_no_kernel_again(pattern):
         flops[remat] = hlo.count(compiled.as_text()).flops
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert flops["dots"] < 1.06 * flops["none"] < flops["full"] / 1.1
-    assert memory["full"] < memory["dots"] < 0.95 * memory["none"]
+    assert memory["dots"] < memory["none"]
+    assert memory["dots"] < max(0.8 * memory["none"], 1.25 * memory["full"])  # which is the least
