@@ -1,6 +1,7 @@
 """Mixtures of experts inside a model: on meshes, in decoding, with randomness, by every router."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ def data():
     return tokens, targets, rng.random((B, T)) < 0.1
 
 
+@functools.cache
 def program(config, seed=0):
     """Parameters, and (loss with its routers', (nll, statistics)) with gradients."""
     graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(seed)))
