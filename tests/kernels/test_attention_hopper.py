@@ -61,10 +61,10 @@ def masks(rng):
     """name -> (q_index, q_start, kv_index)."""
     index, slots = np.arange(T) + S - T, np.arange(S)
     holes = np.where(rng.random(S) < 0.4, -1, rng.permutation(S))
+    start = np.where(rng.random(T) < 0.3, 10 * S, index + 60)
     return {
-        "window in a ring": (index + 100, index + 60, np.roll(slots + 100, 20)),
+        "window in a ring, some see nothing": (index + 100, start, np.roll(slots + 100, 20)),
         "documents and holes": (index, np.minimum(index // 50 * 50, index), holes),
-        "some see nothing": (index, np.where(rng.random(T) < 0.3, 10 * S, 0), slots),
     }
 
 

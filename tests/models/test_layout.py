@@ -55,7 +55,7 @@ def test_blocks_one_by_one_are_the_same_model():
     params = from_layers(one, by_layer(model.config, split(model)[1]))
     assert len(params["blocks"]) == 8 > len(split(model)[1]["blocks"])
     tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    close(merge(graphdef, params, rest)(tokens), model(tokens), 1e-5)
+    close(jax.jit(merge(graphdef, params, rest))(tokens), jax.jit(model)(tokens), 1e-5)
 
 
 def test_by_layer_and_back():

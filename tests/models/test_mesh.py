@@ -71,7 +71,7 @@ def on_one(config):
     params, both, model = program(config)
     carried = None
     if config is STATES:
-        _, carried = model(jnp.asarray(data()[0][:, ::-1]), model.init_state(B, 1))
+        _, carried = jax.jit(model)(jnp.asarray(data()[0][:, ::-1]), model.init_state(B, 1))
     return carried, both(params, *data(), carried)
 
 

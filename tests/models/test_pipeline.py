@@ -73,7 +73,7 @@ def test_a_pipeline_changes_nothing(case):
     params, both, model = program(plain)
     carried = None
     if streams:
-        _, carried = model(jnp.asarray(data()[0][:, ::-1]), model.init_state(B, 1))
+        _, carried = jax.jit(model)(jnp.asarray(data()[0][:, ::-1]), model.init_state(B, 1))
     (true, (true_nll, true_state)), true_grads = both(params, *data(), carried)
     drawn, both, _ = program(config)
     jax.tree.map(np.testing.assert_array_equal, by_layer(config, drawn), by_layer(plain, params))
