@@ -42,8 +42,7 @@ endif
 
 test-x64: $(FOR_DEV)  ## the laws of kernels and layers with x64 on, where a stray dtype shows
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
-		tests/kernels tests/layers -k "not float64 and not hopper and not interpreters \
-		and not test_lowering and not test_rout and not test_documents" $(ARGS)
+		tests/kernels tests/layers -k "not float64 and not hopper and not interpreters" $(ARGS)
 
 test-parity: $(FOR_PARITY)  ## models drawn at random against transformers, in torch on the CPU
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope tests/extras/test_transformers.py $(ARGS)

@@ -134,8 +134,6 @@ def test_when_one_is_killed_the_other_ends_and_both_resume(killed, texts, tmp_pa
     assert silent(out) and "Traceback" not in err
     assert line.startswith(f"train: process {1 - killed} of 2: ")
     assert "another process end" in line
-    if killed == 0:  # what they resume from is the same
-        return
     at = checkpoint.latest(run)
     resume = ["--resume", "--run", str(run), "--steps", str(at + 3)]
     with together(tmp_path / "said", resume) as both:
