@@ -2,10 +2,11 @@
 
 Inside a chunk every pair of tokens j < i parts at one node of a binary tree over the chunk, i in
 the right child and j in the left. The decay between them is what i sees from the start of the right
-child times what j has left to the end of the left child, exp(prefix_i) exp(suffix_j): two sums of
-non-positive logs, so nothing overflows and, unlike in a difference of cumulative sums, nothing
-cancels. That is the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single
-tokens: each level of the tree is one masked matrix product, and a chunk stays in cache.
+child times what j has left to the end of the left child: two products of numbers of at most 1, so
+nothing overflows and, unlike in a difference of cumulative sums of logs, nothing cancels. That is
+the secondary chunking of GLA (arXiv:2312.06635, section 4.3) taken down to single tokens: each
+level of the tree is one masked matrix product, and a chunk stays in cache. On a level a token is in
+a right child, and its query counts, or in a left one, and its key does: one array holds both.
 
 On a CPU a step of the scan takes so many chunks of a row, or rows where they are short, that its
 work hides what it costs to begin one and its arrays stay in cache, whatever the batch and length:
@@ -35,22 +36,43 @@ def features(q, k, v, vector):
 
 
 @lru_cache
-def tree(size):
-    """The binary tree over a chunk of `size` tokens.
+def parted(size):
+    """Where a level of the tree over a chunk of `size` tokens parts i (row) and j (column).
 
-    sums (L + 2, size, size) of 0 and 1: row l, i adds the logs that token i needs at level l, then
-    those from the chunk's start to i, and from after i to the chunk's end. pairs (L, size, size):
-    True where the level parts i (row) and j (column).
+    (L, size, size) of bool, with i in the right child; and (L, size, 1): which tokens are in one.
     """
     i, j = np.arange(size)[:, None], np.arange(size)[None, :]
-    sums, pairs = [], []
-    for level in range((size - 1).bit_length()):
-        block = 2**level
-        right, mine = i // block % 2 == 1, i // block == j // block
-        sums.append(mine & np.where(right, j <= i, j > i))
-        pairs.append((i // block // 2 == j // block // 2) & right & (j // block % 2 == 0))
-    pairs = np.stack(pairs) if pairs else np.zeros((0, size, size), bool)
-    return np.stack([*sums, j <= i, j > i]), pairs
+    block = 2 ** np.arange((size - 1).bit_length())[:, None, None]
+    right = i // block % 2 == 1
+    return (i // block // 2 == j // block // 2) & right & (j // block % 2 == 0), right
+
+
+def decays(decay):
+    """What a chunk needs, of each token's decay (..., C, K): products of numbers of at most 1.
+
+    levels (L, ..., C, K): from the start of a right child to its token, from after a token to the
+    end of a left one; and from the chunk's start and to its end, (..., C, K) each.
+    """
+    *rest, size, features = decay.shape
+    depth = (size - 1).bit_length()
+    ends = [(0, 0)] * len(rest) + [(0, 2**depth - size), (0, 0)]
+    prefix = jnp.pad(decay, ends, constant_values=1) if ends[-2][1] else decay
+    suffix, levels = jnp.ones_like(prefix), []
+    right = np.array([False, True])[:, None, None]
+    for level in range(depth):
+        pairs = (*rest, 2**depth >> level + 1, 2, 2**level, features)
+        prefix, suffix = prefix.reshape(pairs), suffix.reshape(pairs)
+        levels.append(jnp.where(right, prefix, suffix))
+        before, after = prefix[..., :1, -1:, :], prefix[..., 1:, -1:, :]
+        prefix = prefix * jnp.where(right, before, 1)
+        suffix = suffix * jnp.where(right, 1, after)
+        # else the next level computes these again in each place that reads them, and so on
+        prefix, suffix = jax.lax.optimization_barrier((prefix, suffix))
+    *levels, prefix, suffix = (
+        x.reshape(*rest, 2**depth, features)[..., :size, :] for x in (*levels, prefix, suffix)
+    )
+    levels = jnp.stack(levels) if levels else jnp.zeros((0, *decay.shape), decay.dtype)
+    return levels, prefix, suffix
 
 
 def linear_attention(q, k, v, log_decay, state, reset, chunk):
@@ -108,19 +130,22 @@ class Chunk:
             repeat(x, "... g c k -> ... (g r) c k", r=heads // x.shape[-3]).astype(exact)
             for x in (q, k, v)
         )
-        sums, pairs = tree(size)
-        pairs = np.expand_dims(pairs, tuple(range(1, q.ndim - 1)))  # (L, ..., H, i, j)
-        self.pairs, self.pairs_T = pairs, pairs.swapaxes(-1, -2)
+        pairs, self.right = (  # (L, ..., H, i, j) and (L, ..., H, i, 1)
+            np.expand_dims(x, tuple(range(1, q.ndim - 1))) for x in parted(size)
+        )
+        self.pairs = pairs, pairs.swapaxes(-1, -2)  # the latter turned: (L, ..., H, j, i)
         self.diagonal = np.eye(size, dtype=bool)
         self.vector = log_decay.shape[-1] > 1
-        decay = jnp.exp(_products(sums.astype(exact), log_decay, self.vector))
-        levels, self.from_start, self.to_end = decay[:-2], decay[-2], decay[-1]
+        levels, self.from_start, self.to_end = decays(jnp.exp(log_decay))
         self.whole = self.from_start[..., -1, :, None]  # (..., H, K or 1, 1)
         if self.vector:
-            self.levels, self.q_levels, self.k_levels = levels, self.q * levels, self.k * levels
+            tokens = jnp.where(self.right, self.q, self.k) * levels
+            self.levels, self.tokens = levels, jax.lax.optimization_barrier(tokens)
         else:
-            between = jnp.where(self.pairs, levels * levels.swapaxes(-1, -2), 0)
-            self.weight = _total(between)  # the decay from j to i, for j < i
+            between = jnp.where(
+                self.pairs[False] | self.pairs[True], levels * levels.swapaxes(-1, -2), 0
+            )
+            self.weight = _total(between)  # the decay between two tokens, zero of one and itself
         self.reset = reset
         if reset is not None:
             segment = jnp.cumsum(reset, axis=-1, dtype=jnp.int32)[..., None, :]
@@ -152,36 +177,38 @@ class Chunk:
         last, handed = jax.lax.scan(next_, state, xs, reverse=reverse, unroll=True)
         return handed, last
 
-    def weighted(self, scores):
+    def weighted(self, scores, turned=False):
         """Scores of j < i times the decay between, else zero, where they overflow too."""
-        return jnp.where(self.pairs.any(axis=0), scores * self.weight, 0)
+        return jnp.where(self.pairs[turned].any(axis=0), scores * self.weight, 0)
 
     def own(self, scores):
         """A token's score with itself, which no decay touches: the diagonal as a column."""
         return jnp.sum(jnp.where(self.diagonal, scores, 0), axis=-1)[..., None]
 
-    def scores(self):
-        """q_i . k_j times the decay from j to i: (..., H, i, j)."""
+    def scores(self, turned=False):
+        """q_i . k_j times the decay from j to i: (..., H, i, j), or turned (..., H, j, i)."""
         if not self.vector:
-            scores = self.dot("...ik,...jk->...ij", self.q, self.k)
-            scores = jnp.where(self.diagonal, scores, self.weighted(scores))
+            rows, columns = (self.k, self.q) if turned else (self.q, self.k)
+            scores = self.dot("...ik,...jk->...ij", rows, columns)
+            scores = jnp.where(self.diagonal, scores, self.weighted(scores, turned))
             return self.only("same", scores)
-        parts = self.dot("...ik,...jk->...ij", self.q_levels, self.k_levels)
+        parts = self.dot("...ik,...jk->...ij", self.tokens, self.tokens)
         own = _sum(self.q * self.k)
-        scores = _total(jnp.where(self.pairs, parts, 0))
+        scores = _total(jnp.where(self.pairs[turned], parts, 0))
         return self.only("same", jnp.where(self.diagonal, own, scores))
 
     def scores_pull(self, d, d_T):
         """Gradients of q and k from that of `scores`, plain and transposed, off the diagonal."""
         d, d_T = self.only("same", d), self.only("same", d_T)
         if not self.vector:
-            d, d_T = self.weighted(d), self.weighted(d_T.swapaxes(-1, -2)).swapaxes(-1, -2)
+            d, d_T = self.weighted(d), self.weighted(d_T, turned=True)
             return self.dot("...ij,...jk->...ik", d, self.k), self.dot(
                 "...ji,...ik->...jk", d_T, self.q
             )
-        dq = self.dot("...ij,...jk->...ik", jnp.where(self.pairs, d, 0), self.k_levels)
-        dk = self.dot("...ji,...ik->...jk", jnp.where(self.pairs_T, d_T, 0), self.q_levels)
-        return _total(self.levels * dq), _total(self.levels * dk)
+        both = jnp.where(self.pairs[False], d, jnp.where(self.pairs[True], d_T, 0))
+        pulled = self.levels * self.dot("...ij,...jk->...ik", both, self.tokens)
+        dq, dk = jnp.where(self.right, pulled, 0), jnp.where(self.right, 0, pulled)
+        return jax.lax.optimization_barrier((_total(dq), _total(dk)))
 
     def decay_pull(self, inside, at_start, at_end, through):
         """Gradient of the logs: what crosses token t, and no difference reaches beyond the chunk.
@@ -192,9 +219,8 @@ class Chunk:
         """
         if not self.vector:
             inside, at_start, at_end, through = map(_sum, (inside, at_start, at_end, through))
-        later = self.sums_from_here(inside + at_start)
-        before = tree(self.q.shape[-2])[0][-1].T.astype(at_end.dtype)
-        earlier = jnp.matmul(before, at_end, precision="highest")
+        later = self.sums_from_here(jax.lax.optimization_barrier(inside + at_start))
+        earlier = _products(np.tri(self.q.shape[-2], k=-1, dtype=at_end.dtype), at_end)
         crossing = later + self.only("last", earlier) + self.unbroken(through)
         return (
             crossing
@@ -204,8 +230,8 @@ class Chunk:
 
     def sums_from_here(self, x):
         """Sum of x (..., H, C, K) from each token to its document's end."""
-        after = tree(self.q.shape[-2])[0][-2].T
-        total = partial(jnp.matmul, self.only("same", after.astype(x.dtype)), precision="highest")
+        after = np.tri(self.q.shape[-2], dtype=bool).T
+        total = partial(_products, self.only("same", after.astype(x.dtype)))
         if self.reset is None:
             return total(x)
         finite = jnp.isfinite(x)  # a zero times what is not would leave its document
@@ -213,12 +239,11 @@ class Chunk:
         return jnp.where(total((~finite).astype(x.dtype)) > 0, jnp.nan, sums)
 
 
-def _products(matrices, x, vector):
-    """Each of (L, C, C) times x (..., C, K): (L, ..., C, K), features or tokens last in memory."""
-    if not vector:
-        return jnp.einsum("lij,...jk->l...ik", matrices, x, precision="highest")
-    contracted = ((2,), (x.ndim - 2,)), ((), ())
-    return jnp.moveaxis(jax.lax.dot_general(matrices, x, contracted, precision="highest"), 1, -2)
+def _products(matrix, x):
+    """A matrix (..., C, C) times each chunk (..., C, K): by chunks, for one product of all of them
+    would lay x out anew."""
+    matrix = jnp.broadcast_to(matrix, (*x.shape[:-1], x.shape[-2]))
+    return jnp.matmul(matrix, x, precision="highest")
 
 
 def _sum(x):
@@ -233,7 +258,7 @@ def _total(x):
 
 def _forward(sizes, q, k, v, log_decay, state, reset):
     def step(state, xs):
-        c = Chunk(*_by_chunk(xs, sizes[2]), state)
+        c = Chunk(*_by_chunk(xs, sizes), state)
         kept = c.only("last", c.k * c.to_end)
         before, state = c.handed(state, c.dot("...jk,...jv->...kv", kept, c.v))
         y = c.dot("...ij,...jv->...iv", c.scores(), c.v)
@@ -241,7 +266,7 @@ def _forward(sizes, q, k, v, log_decay, state, reset):
         return state, (_by_token(y), before)
 
     final, (y, states) = _scan(step, sizes, state, (q, k, v, log_decay, reset))
-    return (_join(y, q.shape), final), (q, k, v, log_decay, reset, states)
+    return (_join(y, q.shape, sizes), final), (q, k, v, log_decay, reset, states)
 
 
 def _backward(sizes, residuals, cotangents):
@@ -250,7 +275,7 @@ def _backward(sizes, residuals, cotangents):
 
     def step(d_last, xs):
         *xs, before = xs
-        *xs, dy = _by_chunk(xs, sizes[2])
+        *xs, dy = _by_chunk(xs, sizes)
         c = Chunk(*xs, before)
         seen = c.only("first", c.q * c.from_start)
         d_next, d_first = c.handed(d_last, c.dot("...ik,...iv->...kv", seen, dy), reverse=True)
@@ -266,7 +291,7 @@ def _backward(sizes, residuals, cotangents):
         )
         own = c.own(d_scores)
         dq, dk = dq_inside + dq_start + own * c.k, dk_inside + dk_end + own * c.q
-        dv = c.dot("...ij,...iv->...jv", c.scores(), dy)
+        dv = c.dot("...ji,...iv->...jv", c.scores(turned=True), dy)
         dv += c.only("last", c.dot("...jk,...kv->...jv", c.k * c.to_end, d_next))
         grads = zip((dq, dk, dv, d_decay), xs[:4], strict=True)
         return d_first, tuple(
@@ -275,7 +300,7 @@ def _backward(sizes, residuals, cotangents):
 
     d_state, grads = _scan(step, sizes, d_final, (*inputs, dy), (states,), reverse=True)
     grads = zip(grads, inputs[:4], strict=True)
-    return *(_join(d, x.shape).astype(x.dtype) for d, x in grads), d_state, None
+    return *(_join(d, x.shape, sizes).astype(x.dtype) for d, x in grads), d_state, None
 
 
 def _outputs(sizes, q, k, v, log_decay, state, reset):
@@ -324,26 +349,34 @@ def _scan(step, sizes, state, arrays, stacked=(), reverse=False):
 
 
 def _split(x, sizes):
-    """(B, T, ...) -> (p n, b, t, ...): blocks of rows and steps, rows, tokens of a step."""
+    """(B, T, ...) -> (p n, b t, ...): blocks of rows and steps; rows and tokens of a step.
+
+    In one axis, for XLA would lay all of x out anew for an axis of one row.
+    """
     rows, tokens = 1 if x.shape[0] == 1 else sizes[0], sizes[1] * sizes[2]
     blocks, steps = (x.shape[0] // rows if rows else 1), x.shape[1] // tokens
-    return rearrange(x, "(p b) (n t) ... -> (p n) b t ...", p=blocks, b=rows, n=steps)
+    return rearrange(x, "(p b) (n t) ... -> (p n) (b t) ...", p=blocks, b=rows, n=steps)
 
 
-def _join(x, shape):
+def _join(x, shape, sizes):
     """What steps return of each token -> (B, T, ...); summed over blocks where B is 1."""
-    steps = shape[1] // x.shape[2]
-    x = rearrange(x, "(p n) b t ... -> (p b) (n t) ...", n=steps)
+    tokens = sizes[1] * sizes[2]
+    x = rearrange(x, "(p n) (b t) ... -> (p b) (n t) ...", n=shape[1] // tokens, t=tokens)
     return x if len(x) == shape[0] else x.sum(axis=0, keepdims=True)
 
 
-def _by_chunk(arrays, size) -> list[Any]:
-    """(B, M C, H, K) -> (M, B, H, C, K) of each; (B, M C) -> (M, B, C)."""
+def _by_chunk(arrays, sizes) -> list[Any]:
+    """(b M C, H, K) -> (M, b, H, C, K) of each; (b M C) -> (M, b, C)."""
     chunks = (
-        None if x is None else rearrange(x, "b (m c) ... -> m b c ...", c=size) for x in arrays
+        None if x is None else rearrange(x, "(b m c) ... -> m b c ...", m=sizes[1], c=sizes[2])
+        for x in arrays
     )
-    return [x if x is None or x.ndim == 3 else x.swapaxes(2, 3) for x in chunks]
+    # else each place that reads an array lays it out anew
+    return [
+        x if x is None or x.ndim == 3 else jax.lax.optimization_barrier(x.swapaxes(2, 3))
+        for x in chunks
+    ]
 
 
 def _by_token(x):
-    return rearrange(x, "m b h c k -> b (m c) h k")
+    return rearrange(x, "m b h c k -> (b m c) h k")
