@@ -1,5 +1,6 @@
 """Rotary embeddings of positions (arXiv:2104.09864)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -45,4 +46,5 @@ def _cos_sin(x, angle):
     """Both with an axis for heads, in at least float32."""
     exact = jnp.promote_types(jnp.float32, x.dtype)
     angle = angle[:, :, None].astype(exact)
-    return jnp.cos(angle), jnp.sin(angle)
+    # else XLA for CPUs computes them again for each head, in each place that reads them
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
