@@ -23,7 +23,7 @@ HEIGHT = 128  # rows of a block at most; on a CPU 64 and 256 are no faster
 def heights(rows: int, groups: int) -> list[int]:
     """Four heights of a block, the last for whole ones: about twice the rows of a mean group.
 
-    Few rows go one by one: on a CPU each then reads its group's w where it lies.
+    Few rows go one by one: on a CPU products with a vector are the quickest of few rows.
     """
     if 2 * rows <= groups:
         return [1]
