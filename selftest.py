@@ -1,6 +1,8 @@
 """Check an installation: every operation and implementation on this machine, against float64.
 
-python -m scanax.selftest
+python -m scanax.selftest                             # all operations
+python -m scanax.selftest --mixer gla                 # the laws of one mixer, instead
+python -m scanax.selftest --mixer my_file:MyMixer     # of your own, too
 
 About a minute. Each line is one implementation of one operation on one kind of device: the relative
 errors of its values and gradients against the token recurrence in float64, or why it does not run
@@ -11,6 +13,7 @@ bar: 1e-5 for values and 1e-4 for gradients in float32; in bfloat16, in root mea
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from . import kernels
 from .kernels import dispatch
@@ -28,6 +32,11 @@ from .kernels.diagonal_scan import IMPLEMENTATIONS as DIAGONAL_SCAN
 from .kernels.grouped_matmul import IMPLEMENTATIONS as GROUPED_MATMUL
 from .kernels.linear_attention import IMPLEMENTATIONS as LINEAR_ATTENTION
 from .kernels.selective_scan import IMPLEMENTATIONS as SELECTIVE_SCAN
+from .layers import laws
+from .models import LM, LMConfig, split
+from .models.block import MIXERS
+from .models.partition import specs
+from .models.pattern import imported
 from .sharding import mesh, ops
 
 IMPLEMENTATIONS = {
@@ -198,6 +207,11 @@ def rows(problem: Problem, over: Any) -> Iterator[tuple[str, str, Callable | Non
 def run(only: str = "") -> int:
     """Print the table; how many rows are over their bar."""
     try:
+        mesh.found()
+    except ValueError as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 1
+    try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         print(
@@ -240,11 +254,79 @@ def run(only: str = "") -> int:
     return failed
 
 
+def errors_of(pairs: Iterator[tuple[Any, Any]]) -> float:
+    """The largest max|a - b| / max|b| of all arrays; gradients that are zero but for rounding, and
+    other arrays below a thousandth of a tree's largest, are compared with that."""
+    worst = 0.0
+    for pair in pairs:
+        actual, desired = ([np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in pair)
+        sizes = [np.abs(b).max(initial=0) for b in desired]
+        least = max(sizes, default=0) / 1000 or 1
+        for a, b, size in zip(actual, desired, sizes, strict=True):
+            error = np.abs(a - b).max(initial=0) / max(size, least)
+            worst = max(worst, error if np.isfinite(error) else np.inf)
+    return float(worst)
+
+
+def mixer(name: str) -> int:
+    """Print whether a mixer obeys the laws of all; how many it does not."""
+    build, width = MIXERS.get(name) or imported(name), 64
+    trial = laws.Trial(build, width)
+    over = {8: "data=2,seq=2,tensor=2", 4: "seq=2,tensor=2", 2: "seq=2"}
+    devices = max((n for n in over if n <= len(jax.devices())), default=0)
+    every = {law: functools.partial(run, trial) for law, run in laws.LAWS.items()}
+    low = laws.Trial(build, width, jnp.bfloat16)
+    every["state is, in bfloat16"] = lambda: laws.state_is_a_carry(low)
+    if devices:
+        made = mesh.make(over[devices])
+        every["devices change nothing"] = lambda: laws.devices_change_nothing(trial, made)
+    line = "{:26} {:>9}  {}"
+    print(line.format(f"{name}, width {width}", "error", ""))
+    failed = 0
+    for law, run in every.items():
+        error = errors_of(run())
+        failed += not error <= laws.BAR
+        verdict = "ok" if error <= laws.BAR else f"OVER ITS BAR of {laws.BAR}"
+        print(line.format(law, f"{error:.1e}", verdict), flush=True)
+    if not devices:
+        advice = "needs 2, 4 or 8 devices: JAX_NUM_CPU_DEVICES=8 makes them of a CPU"
+        print(line.format("devices change nothing", "-", advice))
+    config = LMConfig(width=width, depth=1, pattern=name)
+    try:
+        model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+        specs(config, split(model)[1])
+        print(line.format("parameters have places", "-", "ok"))
+    except ValueError as error:
+        failed += 1
+        print(line.format("parameters have places", "-", f"FAILED: {error}"))
+    print(f"{failed} failed")
+    return failed
+
+
 def main(args: list[str] | None = None) -> int:
     """0: all within their bars. 1: not. 2: something given is wrong."""
-    parser = argparse.ArgumentParser("selftest", description=__doc__.partition("\n")[0])
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(
+        "selftest", description=about, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--only", default="", help="operations whose name contains this")
-    only = parser.parse_args(args).only
+    parser.add_argument("--mixer", default="", help="a mixer's laws instead: its name in a pattern")
+    try:
+        given, unknown = parser.parse_known_args(args)
+        if unknown:
+            raise ValueError(f"{' '.join(unknown)}: there are only --only NAME and --mixer NAME")
+    except (ValueError, argparse.ArgumentError) as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 2
+    if given.mixer:
+        try:
+            if given.mixer not in MIXERS and ":" not in given.mixer:
+                raise ValueError(f"not one of {', '.join(MIXERS)}, nor module:Class")
+            return int(mixer(given.mixer) > 0)
+        except ValueError as error:
+            print(f"selftest: --mixer {given.mixer}: {error}", file=sys.stderr)
+            return 2
+    only = given.only
     if not any(only in case[0] for case in cases()):
         names = ", ".join(case[0] for case in cases())
         print(f"selftest: --only {only}: part of none of {names}", file=sys.stderr)

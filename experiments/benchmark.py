@@ -61,6 +61,7 @@ from scanax.kernels import (
     linear_attention,
     selective_scan,
 )
+from scanax.sharding import mesh
 
 KERNELS = (linear_attention, selective_scan, attention, diagonal_scan, grouped_matmul)
 TITLES = {
@@ -134,6 +135,7 @@ def main(args: list[str] | None = None) -> int:
         config = completed(config)
         old = earlier(config)
         with timing.one_core() if config.one_core else contextlib.nullcontext():
+            mesh.found()  # or says why there are no devices
             report(config, old)
     except (ValueError, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
@@ -201,6 +203,8 @@ def earlier(config: Benchmark) -> dict[str, Any]:
         return {}
     try:
         old = json.loads(config.compare.read_text("utf-8"))
+    except IsADirectoryError:
+        raise ValueError(f"--compare {config.compare} is a folder, no benchmark.json") from None
     except ValueError as error:
         raise ValueError(f"--compare {config.compare}: {error}") from None
     known = {"sizes": dict, "machine": str, "date": str}

@@ -138,7 +138,7 @@ def read(path: Path) -> TrainConfig:
     try:
         config = from_json(json.loads(path.read_text("utf-8")))
         return dataclasses.replace(config, task=config.task.beside(path.parent))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist; {path.parent} is not a run of train") from None
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the config of a run: {error}") from None

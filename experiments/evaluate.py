@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from scanax.experiments import choices, examining, flags, harness
+from scanax.experiments import choices, examining, flags, harness, memory
 from scanax.experiments.datasets import text as texts
 from scanax.experiments.loading import Loaded, find, load, parse_step, published
 from scanax.experiments.plots import losses
@@ -108,7 +108,8 @@ class EvaluateConfig:
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: done. 2: something given is wrong, nothing written. 1: the results cannot be written."""
+    """0: done. 2: something given is wrong, nothing written. 1: the memory is too small, or
+    the results cannot be written."""
     about = "Measure how good a trained model is: at text, or at the task it was trained for."
     try:
         args = sys.argv[1:] if args is None else args
@@ -117,6 +118,10 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        less = "smaller --lengths, --dtype bfloat16 (of published weights) or a --mesh"
+        print(f"evaluate: {memory.short(error, less)}", file=sys.stderr)
+        return 1
     try:
         save(config, results)
     except (ValueError, OSError) as error:

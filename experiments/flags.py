@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import io
 import itertools
@@ -131,7 +132,11 @@ def preset(name: str) -> TrainConfig:
         module = importlib.import_module(f".configs.{name.replace('-', '_')}", __package__)
         return module.config
     if name not in SIZES:
-        raise ValueError(f"preset {name!r} is not one of {', '.join([*files(), *SIZES])}")
+        near = difflib.get_close_matches(name, SIZES, 3, 0)
+        raise ValueError(
+            f"preset {name!r} is not one of {', '.join(files())}, nor a size, as {', '.join(near)} "
+            "(train --help lists all)"
+        )
     of_kind = {"vision-digits": VISION_PRESETS, "video-bouncing": VIDEO_PRESETS}
     config = preset(next((base for base, sizes in of_kind.items() if name in sizes), "stdlib"))
     return dataclasses.replace(config, task=dataclasses.replace(config.task, model=SIZES[name]))

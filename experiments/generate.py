@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
-from scanax.experiments import flags, saved_state
+from scanax.experiments import flags, memory, saved_state
 from scanax.experiments.loading import Loaded, load, parse_step
 from scanax.experiments.sampling import AXES, Choice, Context, Generator, row_keys
 from scanax.sharding import mesh
@@ -85,11 +86,15 @@ class GenerateConfig:
         parse_step(self.step)
 
 
+LESS = (
+    "fewer prompts, a smaller --prefill-chunk, --dtype bfloat16 (of published weights) or a --mesh"
+)
 LEAST = {"tokens": 0, "top_k": 0, "prefill_chunk": 1, "seed": 0, "emulate_devices": 0}
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: done. 2: something given is wrong, nothing written. 1: the state could not be written."""
+    """0: done. 2: something given is wrong, nothing written. 1: the memory is too small, or
+    the state could not be written."""
     about = "Continue prompts with a trained model."
     try:
         args = sys.argv[1:] if args is None else args
@@ -111,7 +116,14 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    context = write(config, loaded, generator, context, prompts)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"generate: {memory.short(error, LESS)}", file=sys.stderr)
+        return 1
+    try:
+        context = write(config, loaded, generator, context, prompts)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"generate: {memory.short(error, LESS)}", file=sys.stderr)
+        return 1
     used += config.tokens
     if config.save_state is not None:
         try:
@@ -139,6 +151,11 @@ def texts(config: GenerateConfig, loaded: Loaded) -> list[np.ndarray]:
     given = list(config.prompt)
     if config.prompt_file is not None:
         given = [read(config.prompt_file)]
+    for text in given:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # Python's stand-ins for bytes of a terminal
+            raise ValueError(f"--prompt {text!r} is not UTF-8") from None
     prompts = [np.asarray(loaded.tokenizer.encode(text), np.int32) for text in given]
     if config.load_state is None and not (prompts and all(map(len, prompts))):
         empty = "an empty prompt" if prompts else "no --prompt"

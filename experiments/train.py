@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from scanax.experiments import checkpoint, files, flags, hosts, loading, metrics
+from scanax.experiments import checkpoint, files, flags, hosts, loading, memory, metrics
 from scanax.experiments.config import TrainConfig, differences, from_json, read, to_json
 from scanax.experiments.optimizer import learning_rate
 from scanax.experiments.plots import losses
@@ -79,8 +79,8 @@ class Stopped(Exception):
 
 
 def main(args: list[str] | None = None) -> int:
-    """0: trained, or saved at a signal. 2: a flag or the text is wrong. 1: saving failed, or
-    another process.
+    """0: trained, or saved at a signal. 2: a flag or the text is wrong. 1: saving failed, the
+    memory is too small, or another process failed.
     """
     run = None
     with signals() as told:
@@ -94,10 +94,15 @@ def main(args: list[str] | None = None) -> int:
             return hosts.leave(error, 2)
         except (SaveError, OSError) as error:
             return hosts.leave(error, 1 if run else 2)
+        except jax.errors.JaxRuntimeError as error:
+            if not hosts.several():
+                less = "fewer --rows, more --accumulate, --model.remat full or a --mesh"
+                return hosts.leave(ValueError(memory.short(error, less)), 1)
+            return hosts.leave(error, 1)
         except BaseException as error:  # of JAX, when another process is gone; or a mistake of ours
             if not hosts.several():
                 raise
-            if not isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt):
+            if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()
             return hosts.leave(error, 1)
     return 0
@@ -114,7 +119,8 @@ def prepare(config: TrainConfig) -> Run:
     if config.step is not None and not config.resume:
         raise ValueError(f"--step {config.step} goes with --resume; the steps to train are --steps")
     if not config.resume and os.path.lexists(folder) and not flags.untouched(folder):
-        raise ValueError(f"{folder} exists: --resume goes on with it, --run DIR takes another")
+        what = "--resume goes on with it, " if folder.is_dir() else "it is no folder; "
+        raise ValueError(f"{folder} exists: {what}--run DIR takes another")
     metrics.check(config)
     task.check()
     row, rows = task.batches(config.seed, 0, slice(0, 1)), task.rows

@@ -32,6 +32,7 @@ import numpy as np
 import tqdm
 from scanax.experiments import flags, timing
 from scanax.kernels import attention, fixed_query, linear_attention, selective_scan, tuned
+from scanax.sharding import mesh
 
 NAMES = ("pallas_gpu", "pallas_tpu", "xla")
 CHUNKS = (8, 16, 32, 64, 128, 256)
@@ -180,6 +181,8 @@ def check(config: Tune) -> None:
     for name in ("batch", "heads", "length", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    if config.out is not None and config.out.is_dir():
+        raise ValueError(f"--out {config.out} is a folder; name a file, as tiles.json")
     for width in config.widths:
         if width < 1:
             raise ValueError(f"--widths {width} must be at least 1")
@@ -187,6 +190,7 @@ def check(config: Tune) -> None:
 
 def tune(config: Tune, file: Path) -> None:
     """Print a line of each call, and write each choice as soon as it is made."""
+    mesh.found()
     read(file)  # one that is damaged is said now
     file.parent.mkdir(parents=True, exist_ok=True)
     print(

@@ -14,6 +14,7 @@ from .attention import attention, fixed_query
 from .diagonal_scan import diagonal_scan
 from .grouped_matmul import grouped_matmul
 from .linear_attention import linear_attention
+from .prefixes import prefixes
 from .selective_scan import selective_scan
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "fixed_query",
     "grouped_matmul",
     "linear_attention",
+    "prefixes",
     "selective_scan",
 ]

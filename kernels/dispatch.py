@@ -95,7 +95,10 @@ def call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run `op` by the named implementation, or by the first that accepts these arguments."""
+    """Run `op` by the named implementation, or by the first that accepts these arguments.
+
+    Raises NotImplementedError, with the reasons, if none does, or the one that is named does not.
+    """
     if name is not None and name not in implementations:
         raise NotImplementedError(
             f"{op} has no implementation {name!r}; it has {', '.join(implementations)}"

@@ -26,7 +26,10 @@ class Monoid:
 
 
 def broadcast(log, state):
-    """exp(log) * state, `log` spread over the trailing axes of `state` that it lacks."""
+    """exp(log) * state, `log` spread over the trailing axes of `state` that it lacks.
+
+    log (B, H) in nats, not positive, goes with a state (B, H, K, V), and so on.
+    """
     return jnp.exp(log.reshape(log.shape + (1,) * (state.ndim - log.ndim))) * state
 
 
@@ -34,7 +37,7 @@ def decay(scale: Callable[[Any, Any], Any] = broadcast) -> Monoid:
     """(l1, S1) o (l2, S2) = (l1 + l2, exp(l2) S1 + S2), `scale(log, state)` applying exp(log).
 
     The log is any pytree that adds: one number a head, a vector over K, the sum of Mamba's delta
-    (`scale` then multiplies it by A), a real and imaginary pair.
+    (`scale` then multiplies it by A), a real and imaginary pair. It is in nats and not positive.
     """
 
     def combine(earlier, later):
@@ -44,7 +47,8 @@ def decay(scale: Callable[[Any, Any], Any] = broadcast) -> Monoid:
     return Monoid(lambda like: jax.tree.map(jnp.zeros_like, like), combine)
 
 
-LOWEST = -1e30  # the maximum of an empty set: finite, so that no inf - inf arises
+LOWEST = -1e30
+"""The maximum of an empty set: finite, so that no inf - inf arises."""
 
 
 def _softmax_identity(like):
@@ -59,8 +63,10 @@ def _softmax_combine(earlier, later):
     return m, a1 * u1 + a2 * u2, a1[..., None] * w1 + a2[..., None] * w2
 
 
-COUNT = Monoid(lambda like: jax.tree.map(jnp.zeros_like, like), jnp.add)  # of tokens
+COUNT = Monoid(lambda like: jax.tree.map(jnp.zeros_like, like), jnp.add)
+"""How many tokens a span has: positions."""
 DECAY = decay()
+"""(log decay, state): linear attention and state-space models."""
 SOFTMAX = Monoid(_softmax_identity, _softmax_combine)
 """(maximum score, sum of exp(score - maximum), the same sum weighted by values); reads w / u."""
 
@@ -79,7 +85,10 @@ def resettable(monoid: Monoid) -> Monoid:
 
 
 def select(flag, if_true: Element, if_false: Element) -> Element:
-    """`where` over pytrees, the flag spread over the trailing axes that it lacks."""
+    """`where` over pytrees, the flag spread over the trailing axes that it lacks.
+
+    flag (B,), if_true (B, ...) and if_false (B, ...).
+    """
 
     def one(x, y):
         return jnp.where(flag.reshape(flag.shape + (1,) * (x.ndim - flag.ndim)), x, y)
@@ -91,7 +100,7 @@ def select(flag, if_true: Element, if_false: Element) -> Element:
 
 
 def scan(monoid: Monoid, elements: Element, prefix: Element) -> Element:
-    """Inclusive prefixes, token after token (time is the leading axis)."""
+    """Inclusive prefixes, token after token: elements (T, ...), prefix (...), result (T, ...)."""
 
     def step(carry, element):
         carry = monoid.combine(carry, element)
@@ -101,14 +110,17 @@ def scan(monoid: Monoid, elements: Element, prefix: Element) -> Element:
 
 
 def associative(monoid: Monoid, elements: Element, prefix: Element) -> Element:
-    """Inclusive prefixes in 2 log2(T) parallel steps and about twice the combines."""
+    """Inclusive prefixes in 2 log2(T) parallel steps and about twice the combines.
+
+    elements (T, ...), prefix (...), result (T, ...).
+    """
     inside = jax.lax.associative_scan(monoid.combine, elements)
     spread = jax.tree.map(lambda p, e: jnp.broadcast_to(p, e.shape), prefix, inside)
     return monoid.combine(spread, inside)
 
 
 def fold(monoid: Monoid, elements: Element) -> Element:
-    """The summary of the whole span, as a tree."""
+    """The summary (...) of the whole span of elements (T, ...), as a tree."""
     while (size := jax.tree.leaves(elements)[0].shape[0]) > 1:
         pairs = jax.tree.map(lambda x, n=size // 2 * 2: x[:n], elements)
         odd = jax.tree.map(lambda x, n=size // 2 * 2: x[n:], elements)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import checks
 from ..kernels.monoid import LOWEST
 from ..sharding.ops import fixed_query
 from .depth import ONLY, Depth
@@ -33,6 +34,7 @@ class Aaren(nnx.Module):
     """y_t = W sum_{i<=t} softmax_i(q . k_i / sqrt(head width)) v_i, one q for all tokens.
 
     q is the projection of a learned token, which starts as a draw from a unit normal.
+    Source: arXiv:2405.13956. Raises ValueError if the heads do not divide the width.
     """
 
     def __init__(
@@ -70,6 +72,10 @@ class Aaren(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
+        """y, and the state after the last token: `m` and `u` (B, H), `w` (B, H, V), float32 at
+        least. Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         q = rearrange(self.q(self.token[...]), "(h k) -> h k", h=self.heads)
         _, *kv = columns(x, self.k, self.v)
         k, v = (rearrange(y, "b t (h k) -> b t h k", h=self.heads) for y in kv)

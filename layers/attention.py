@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import checks
 from ..kernels.attention import cache
 from ..sharding import mesh
 from ..sharding.decoding import over_cache
@@ -22,7 +23,10 @@ State = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Softmax attention, with grouped keys and values and a sliding window as options."""
+    """Softmax attention, with grouped keys and values and a sliding window as options.
+
+    Source: arXiv:1706.03762; grouped keys are arXiv:2305.13245's, the window arXiv:2310.06825's.
+    """
 
     heads: int = 4
     """Query heads."""
@@ -35,7 +39,8 @@ class AttentionConfig:
     causal: bool = True
     """Whether a token sees none after it; otherwise it sees its whole document."""
     rope_base: float | None = 10000.0
-    """Base of the rotary frequencies; no positions if None."""
+    """Base of the rotary frequencies, which fall from 1 radian per token towards 1 / base; no
+    positions if None."""
     bias: bool = False
     """Biases in the projections of q, k and v."""
     out_bias: bool = False
@@ -52,8 +57,11 @@ class Attention(nnx.Module):
 
     `init_state` makes a ring of `max_length` tokens, or of `window` where that is less: new tokens
     take the places of the oldest. A query whose document (or window) reaches back to a token that
-    is gone returns nan, because a compiled function cannot raise; so `max_length` must be at
-    least the length of the longest document, not counting padding before its reset.
+    is gone returns nan, because a compiled function cannot raise; so `max_length` must be at least
+    the length of the longest document, not counting padding before its reset.
+
+    Source: arXiv:1706.03762, with rotary positions (arXiv:2104.09864). Raises ValueError for heads
+    that do not divide, and for options that exclude each other.
     """
 
     def __init__(
@@ -104,6 +112,11 @@ class Attention(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State | None]:
+        """y, and the cache after the last token; None without a state.
+
+        Raises ValueError for an x or a reset of another shape, and for a state if it is not causal.
+        """
+        checks.stream(x, reset)
         if state is not None and not self.config.causal:
             raise ValueError("attention with causal=False sees what comes later: it takes no state")
         start = None if state is None else state["length"] - state["start"]

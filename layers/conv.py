@@ -20,7 +20,8 @@ class ShortConv(nnx.Module):
     """y_t = bias + sum_{j < size} kernel[size - 1 - j] x_{t-j}, or silu of it.
 
     Inputs before the start of a document count as zero. Kernel and bias are drawn uniformly from
-    +-1/sqrt(size), as in the released Mamba.
+    +-1/sqrt(size), as in the released Mamba (arXiv:2312.00752). Raises ValueError for fewer than
+    one tap.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class ConvLSTM(nnx.Module):
     implementations have; residual and norm are those of ConvS5's layer. The bias of f starts at 1.
     h passes through sigmoids and tanh, so that no summary of a span of frames exists: the state's
     convolution runs a frame at a time, and time does not divide over the devices of `seq`. On a
-    mesh rows are divided, and whatever else it has computes the same.
+    mesh rows are divided, and whatever else it has computes the same. Source: arXiv:1506.04214.
     """
 
     def __init__(
@@ -74,6 +74,10 @@ class ConvLSTM(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H W D"], State]:
+        """y, and the state after the last frame: `h` and `c` (B, H, W, hidden), float32 at least.
+
+        Raises ValueError for a time of several frames that lies over devices.
+        """
         if state is None:
             zeros = jnp.zeros((x.shape[0], *x.shape[2:4], self.hidden), self.exact)
             state = {"h": zeros, "c": zeros}
@@ -96,7 +100,7 @@ class ConvLSTM(nnx.Module):
         return local(x, variables, state, reset)
 
     def run(self, x: Array, state: State, reset: Array | None) -> tuple[Array, State]:
-        """All frames on this device."""
+        """All frames x (B, T, H, W, D) on this device; reset (B, T) or None."""
         kernel = self.h.kernel[...].astype(self.dtype)
 
         def step(carry, frame):
@@ -116,7 +120,7 @@ class ConvLSTM(nnx.Module):
         return out.astype(x.dtype), {"h": h, "c": c}
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
-        """The state before any frame: `h` and `c` (B, *image, hidden), of at least float32."""
+        """The state before any frame: `h` and `c` `(B, *image, hidden)`, of at least float32."""
         del max_length, dtype
         zeros = jnp.zeros((batch, *self.config.image, self.hidden), self.exact)
         return {"h": zeros, "c": zeros}

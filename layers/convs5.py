@@ -53,8 +53,9 @@ class ConvS5Config:
 class ConvS5(nnx.Module):
     """LayerNorm(u + block(y)), y_t = 2 Re(C * x_t), x_t = exp(L dt) x_{t-1} + B' * u_t.
 
-    * are convolutions, B' = (exp(L dt) - 1) / L B, L (P,) complex; P is half of `state`, whose
-    conjugates are left out. arXiv:2310.19694. The output has the dtype of the input.
+    Here * is a convolution, B' = (exp(L dt) - 1) / L B, L (P,) complex; P is half of `state`, whose
+    conjugates are left out. arXiv:2310.19694. The output has the dtype of the input. Raises
+    ValueError for a `state` that is not an even number for each of its blocks.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ConvS5(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H W D"], State]:
+        """y, and the state after the last frame: `re` and `im` (B, H, W, P), float32 at least."""
         log_decay, B = self.discretised()
         channels = log_decay[0].size
         u = convolve(x.astype(self.dtype), jnp.concatenate(B, axis=3).astype(self.dtype))
@@ -125,7 +127,7 @@ class ConvS5(nnx.Module):
         return jax.nn.gelu(self.conv_2(jax.nn.gelu(self.norm_2(inner))) + y)
 
     def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> State:
-        """The state before any frame: `re` and `im` (B, *image, P), of at least float32."""
+        """The state before any frame: `re` and `im` `(B, *image, P)`, of at least float32."""
         del max_length, dtype
         zeros = jnp.zeros((batch, *self.config.image, *self.Lambda_re.shape), self.exact)
         return {"re": zeros, "im": zeros}

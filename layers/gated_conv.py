@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import checks
 from .conv import ShortConv
 from .depth import ONLY, Depth
 from .linear import Linear, columns, rows
@@ -15,7 +16,10 @@ from .linear import Linear, columns, rows
 
 @dataclasses.dataclass(frozen=True)
 class GatedConvConfig:
-    """Gated short convolution (LFM2): what is near, in a state of a few tokens."""
+    """Gated short convolution (LFM2): what is near, in a state of a few tokens.
+
+    Source: arXiv:2511.23404.
+    """
 
     taps: int = 3
     """Length of the causal convolution in tokens."""
@@ -28,7 +32,7 @@ class GatedConv(nnx.Module):
     """y = out(gate(x) * conv(z(x) * v(x))): it looks no further back than its taps.
 
     Before mixers that compare single tokens (softmax attention, Aaren) it makes one of neighbours,
-    such as a key and the value after it.
+    such as a key and the value after it. Source: arXiv:2511.23404.
     """
 
     def __init__(
@@ -55,6 +59,11 @@ class GatedConv(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """y, and the state after the last token: `conv`, the last taps - 1 inputs (B, taps - 1, D).
+
+        Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         _, v, z, gate = columns(x, self.v, self.z, self.gate)
         y, window = self.conv(z * v, None if state is None else state["conv"], reset)
         return rows(self.out, gate * y), {"conv": window}

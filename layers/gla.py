@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import keep
+from ..kernels import checks, keep
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
@@ -51,7 +51,8 @@ class GLAConfig:
 class GLA(nnx.Module):
     """y = out(norm(S_t^T q_t K^-0.5) * silu(gate(x))), S_t = diag(a_t) S_{t-1} + k_t v_t^T.
 
-    log a_t = logsigmoid(up(down(x_t))) / 16, one for each key feature  (arXiv:2312.06635).
+    log a_t = logsigmoid(up(down(x_t))) / 16, one for each key feature (arXiv:2312.06635). Raises
+    ValueError for heads that do not divide the widths of keys and values.
     """
 
     def __init__(
@@ -109,6 +110,10 @@ class GLA(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """y, and the state after the last token: `S` (B, H, K, V), float32 at least, and the
+        convolutions' windows. Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         before = state or {"S": None}
         x, *qkv, gate = columns(x, self.q, self.k, self.v, self.gate)
         qkv, after = dict(zip("qkv", qkv, strict=True)), {}

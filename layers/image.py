@@ -30,7 +30,10 @@ class Kernel(nnx.Module):
 
 class ImageConv(nnx.Module):
     """convolve(x, kernel) + bias, in `dtype`; the kernel starts normal with variance
-    gain / inputs of a sum (LeCun's if 1), the bias zero."""
+    gain / inputs of a sum (LeCun's if 1), the bias zero.
+
+    Source: LeCun et al., Proc. IEEE 86 (1998).
+    """
 
     def __init__(
         self,
@@ -51,5 +54,6 @@ class ImageConv(nnx.Module):
         self.bias = nnx.data(bias)
 
     def __call__(self, x: Float[Array, "B T H W I"]) -> Float[Array, "B T H W O"]:
+        """y, image by image, in `dtype`."""
         y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import keep
+from ..kernels import checks, keep
 from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
@@ -51,7 +51,8 @@ class Lightning(nnx.Module):
     """y = out(norm(S_t^T q_t) * gate(x)), S_t = exp(log_decay) S_{t-1} + k_t v_t^T; q, k by silu.
 
     The norm is over all heads together. Where there is LRPE, q and k become [x cos(theta t),
-    x sin(theta t)] with a theta that is learnt  (arXiv:2307.14995).
+    x sin(theta t)] with a theta that is learnt (arXiv:2307.14995). Raises ValueError for heads
+    that do not divide the width.
     """
 
     def __init__(
@@ -97,6 +98,10 @@ class Lightning(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """y, and the state after the last token: `S` (B, H, K, V), float32 at least, and with LRPE
+        `position` (B,). Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         _, q, k, v, gate = columns(x, self.q, self.k, self.v, self.gate)
         silu = keep.again(jax.nn.silu)
         q, k, v = silu(q), silu(k), silu(v) if self.config.silu_values else v

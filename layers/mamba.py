@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import keep
+from ..kernels import checks, keep
 from ..sharding.ops import selective_scan
 from .conv import ShortConv
 from .depth import ONLY, Depth
@@ -57,10 +57,13 @@ class MambaConfig:
 class Mamba(nnx.Module):
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, out = W (silu(z) (h C + D u)), u = silu(conv(x)).
 
-    dt = softplus(W_up W_down u + bias) for each channel; A is negative and real. Initialised as
-    the released code: A_n = -n, D = 1, the output projection divided by sqrt(residual branches).
-    Not selective: dt = softplus(bias), B and C are vectors (N,), at first 1 and normal as in S4D
+    dt = softplus(W_up W_down u + bias) for each channel; A is negative and real. Initialised as the
+    released code: A_n = -n, D = 1, the output projection divided by sqrt(residual branches). Not
+    selective: dt = softplus(bias), B and C are vectors (N,), at first 1 and normal as in S4D
     (arXiv:2206.11893).
+
+    Source: arXiv:2312.00752. Raises ValueError for an inner width that is not whole, and for
+    options of a projection that is not there.
     """
 
     def __init__(
@@ -111,6 +114,10 @@ class Mamba(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
+        """y, and the state after the last token: `S` (B, D, N), float32 at least, and `conv` (B,
+        taps - 1, D). Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         window, h = (None, None) if state is None else (state["conv"], state["S"])
         _, u, z = columns(x, self.x, self.z)
         u, window = self.conv(u, window, reset)

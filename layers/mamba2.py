@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import keep
+from ..kernels import checks, keep
 from ..sharding.ops import linear_attention
 from .conv import ShortConv
 from .depth import ONLY, Depth
@@ -57,8 +57,11 @@ class Mamba2(nnx.Module):
     """S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T, out = W norm(silu(z) (S^T C + D x)).
 
     dt = softplus(W_dt input + bias) for each head; x, B and C pass a convolution and silu. The norm
-    is an RMS norm over each group. Initialised as the released code, the output projection
-    divided by sqrt(residual branches).
+    is an RMS norm over each group. Initialised as the released code, the output projection divided
+    by sqrt(residual branches).
+
+    Source: arXiv:2405.21060. Raises ValueError for an inner width that does not split into heads
+    and groups.
     """
 
     def __init__(
@@ -103,6 +106,10 @@ class Mamba2(nnx.Module):
         state: State | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T W"], State]:
+        """y, and the state after the last token: `S` (B, H, N, V), float32 at least, and the three
+        convolutions' windows. Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         config, carried = self.config, state or {}
         exact = jnp.promote_types(jnp.float32, self.dtype)
 

@@ -16,7 +16,10 @@ from .linear import Linear, columns, rows
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes and initialisation of every MLP of a model."""
+    """Sizes and initialisation of every MLP of a model.
+
+    SwiGLU and GeGLU are arXiv:2002.05202's, GELU is arXiv:1606.08415's.
+    """
 
     hidden: int | None = None
     """Hidden width in features; None takes it from `ratio`."""
@@ -41,7 +44,10 @@ class MLPConfig:
 
 
 class GLU(nnx.Module):
-    """down(gate(x) * up(x)), nothing non-linear but the product: TransNormerLLM's SGLU."""
+    """down(gate(x) * up(x)), nothing non-linear but the product: TransNormerLLM's SGLU.
+
+    Source: arXiv:2307.14995.
+    """
 
     def __init__(
         self,
@@ -60,11 +66,13 @@ class GLU(nnx.Module):
         self.tanh = config.tanh
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """y, each token alone."""
         _, gate, up = columns(x, self.gate, self.up)
         gated = keep.again(lambda gate, up: self.activation(gate) * up)
         return rows(self.down, gated(gate, up))
 
     def activation(self, x: Array) -> Array:
+        """What the gate goes through."""
         return x
 
 
@@ -101,6 +109,7 @@ class GELU(nnx.Module):
         self.tanh = config.tanh
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """y, each token alone."""
         _, up = columns(x, self.up)
         return rows(self.down, keep.again(partial(jax.nn.gelu, approximate=self.tanh))(up))
 

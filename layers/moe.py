@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..kernels import grouped_matmul, keep, routing
+from ..kernels import checks, grouped_matmul, keep, routing
 from ..sharding import expert
 from .depth import ONLY, Depth
 from .gate import swish_gated
@@ -22,7 +22,10 @@ from .router_config import RouterConfig
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Experts in place of an MLP."""
+    """Experts in place of an MLP.
+
+    Source: arXiv:1701.06538. Raises ValueError for options that do not go together.
+    """
 
     experts: int = 8
     """Number of experts."""
@@ -31,7 +34,7 @@ class MoEConfig:
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
     """What an expert is: down(silu(gate(x)) * up(x)), or down(act(up(x)))."""
     shared: int = 0
-    """Hidden width of an expert (swiglu) that all tokens use; 0: none."""
+    """Hidden width, in features, of an expert (swiglu) that all tokens use; 0: none."""
     shared_gate: bool = False
     """Whether that one's output is multiplied by sigmoid of a projection (Qwen2-MoE)."""
     capacity: float = 0.0
@@ -48,7 +51,9 @@ class MoEConfig:
             if get_origin(each.type) is Literal and value not in known:
                 raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
         if self.router.choices > self.experts:
-            raise ValueError(f"router.top={self.router.choices} of experts={self.experts}")
+            raise ValueError(
+                f"router.top={self.router.choices} of experts={self.experts}; it can be at most all"
+            )
         if self.capacity < 0:
             raise ValueError(f"capacity={self.capacity}; it must be 0 (dropless) or more")
         if self.capacity and self.router.kind == "expert-choice":
@@ -63,7 +68,8 @@ class MoE(nnx.Module):
     """y_t = sum over a token's experts of w_te expert_e(x_t), + shared(x_t)  (arXiv:1701.06538).
 
     Kernels are (experts x hidden, width), the hidden features of one expert after those of another:
-    however many devices share them, each has an equal part (`sharding.expert`).
+    however many devices share them, each has an equal part (`sharding.expert`). Raises ValueError
+    for an x of another shape.
     """
 
     def __init__(
@@ -118,6 +124,9 @@ class MoE(nnx.Module):
         """y, and the statistics that `router.losses` takes. With a key, as in training: what is
         random is drawn, and a capacity drops tokens.
         """
+        checks.stream(x, None)
+        if x.shape[-1] != self.up.shape[1]:
+            raise ValueError(f"x has {x.shape[-1]} features; the experts take {self.up.shape[1]}")
         config = self.config
         (experts, weights, probabilities), logits, aux = self.router(x, key)
         x = x.astype(self.dtype)

@@ -32,7 +32,10 @@ def group_norm(x: Float[Array, "... H W D"], groups: int, eps: float) -> Float[A
 
 
 class RMSNorm(nnx.Module):
-    """rms_norm(x) * scale, returned in `dtype`; axes before the last, such as heads, are batch."""
+    """rms_norm(x) * scale, returned in `dtype`; axes before the last, such as heads, are batch.
+
+    Source: arXiv:1910.07467.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """x normed, in `dtype`."""
+
         @keep.again
         def normed(x, scale):
             return (rms_norm(x, self.eps) * scale).astype(self.dtype)
@@ -73,6 +78,8 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """x normed, in `dtype`."""
+
         @keep.again
         def normed(x, scale, bias):
             return (layer_norm(x, self.eps) * scale + bias).astype(self.dtype)
@@ -81,7 +88,10 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """group_norm(x) * scale + bias, returned in `dtype`  (arXiv:1803.08494)."""
+    """group_norm(x) * scale + bias, returned in `dtype`  (arXiv:1803.08494).
+
+    Raises ValueError for groups that do not divide the width.
+    """
 
     def __init__(
         self,
@@ -101,6 +111,8 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "... H W D"]) -> Float[Array, "... H W D"]:
+        """x normed, in `dtype`."""
+
         @keep.again
         def normed(x, scale, bias):
             return (group_norm(x, self.groups, self.eps) * scale + bias).astype(self.dtype)
@@ -115,4 +127,5 @@ class SimpleRMSNorm(nnx.Module):
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """x normed, in `dtype`."""
         return keep.again(lambda x: rms_norm(x, self.eps).astype(self.dtype))(x)

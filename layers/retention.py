@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import checks
 from ..sharding.ops import linear_attention, positions
 from . import decay
 from .constant import Constant
@@ -58,7 +59,8 @@ class Retention(nnx.Module):
 
     Queries and keys, after a convolution and silu if there is one, are turned by their position
     (arXiv:2307.08621). The sums are not rescaled before the norm, so that all forms agree to
-    rounding.
+    rounding. Raises ValueError for heads that do not divide the widths, and for keys of an odd
+    width.
     """
 
     def __init__(
@@ -112,6 +114,10 @@ class Retention(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """y, and the state after the last token: `S` (B, H, K, V), float32 at least, `position`
+        (B,) and the convolutions' windows. Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         before, after = state or {"position": jnp.zeros(x.shape[0], jnp.int32)}, {}
         index, after["position"] = positions(x.shape[1], before["position"], reset)
         angle = rotary_angles(index, self.frequencies[...])

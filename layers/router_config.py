@@ -17,7 +17,13 @@ FIXED = {"gshard": 2, "switch": 1}  # experts of a token
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """Who chooses the experts, and what keeps their load even."""
+    """Who chooses the experts, and what keeps their load even.
+
+    Mixtral is arXiv:2401.04088, GShard arXiv:2006.16668, Switch arXiv:2101.03961, noisy
+    arXiv:1701.06538, X-MoE arXiv:2204.09179, DeepSeek-V3 arXiv:2412.19437, expert choice
+    arXiv:2202.09368, ST-MoE arXiv:2202.08906. Raises ValueError for options of another kind, and
+    for numbers that cannot be.
+    """
 
     kind: Literal["softmax", "gshard", "switch", "noisy", "cosine", "sigmoid", "expert-choice"] = (
         "softmax"

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..kernels import checks
 from ..sharding.ops import linear_attention
 from . import decay
 from .constant import Constant
@@ -20,7 +21,10 @@ from .norm import LayerNorm, RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class VirConfig:
-    """Retention of Vision Retention Networks (arXiv:2310.19731)."""
+    """Retention of Vision Retention Networks (arXiv:2310.19731).
+
+    Raises ValueError for another decay or norm.
+    """
 
     heads: int = 4
     """Number of heads, which divides the width."""
@@ -51,7 +55,8 @@ class Vir(nnx.Module):
 
     The authors' parallel form takes a softmax over scores that are already masked: what a token may
     not see then weighs e^0, and no recurrence computes that. This is the linear form, whatever
-    `chunk` is, so that training in parallel and reading a stream give the same numbers.
+    `chunk` is, so that training in parallel and reading a stream give the same numbers. Source:
+    arXiv:2310.19731. Raises ValueError if the heads do not divide the width.
     """
 
     def __init__(
@@ -90,6 +95,11 @@ class Vir(nnx.Module):
         state: dict[str, Array] | None = None,
         reset: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """y, and the state after the last token: `S` (B, H, K, V), float32 at least.
+
+        Raises ValueError for an x or a reset of another shape.
+        """
+        checks.stream(x, reset)
         _, *qkv = columns(x, self.q, self.k, self.v)
         q, k, v = (rearrange(y, "b t (h k) -> b t h k", k=self.head) for y in qkv)
         y, S = linear_attention(

@@ -8,11 +8,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import keep
+from ..kernels import checks, keep
 from ..sharding import matmul, mesh, pipeline, schedule
-from .block import abstract, norm, runs, stack, stream_dtype
+from .block import norm, runs, stack, stream_dtype
 from .config import BackboneConfig
-from .pattern import FRAMES, parse
+from .pattern import FRAMES, imported, parse
+from .states import blank, check
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,6 +35,12 @@ class Backbone(nnx.Module):
     """
 
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        for name in ("dtype", "param_dtype"):
+            if (kind := getattr(config, name)) != jax.dtypes.canonicalize_dtype(kind).name:
+                raise ValueError(f"{name}={kind} needs 64-bit types: set JAX_ENABLE_X64=1")
+        for kind in set(parse(config.pattern, config.depth)):
+            if kind.own:
+                imported(kind.mixer)  # is it still what compiled programs know it as?
         self.config = config
         key = rngs.params()
         self.blocks = nnx.List([stack(config, run, key) for run in runs(config)])
@@ -43,13 +50,9 @@ class Backbone(nnx.Module):
 
     def init_state(self, batch: int, max_length: int) -> tuple:
         """The state before any token; caches have room for `max_length` tokens."""
-        dtype, states = jnp.dtype(self.config.dtype), {}
-        for run in runs(self.config):
-            # a mixer may read its variables' shapes, which are those of one layer here
-            mixer = nnx.merge(*abstract(self.config, run.kind, run.layers[0])).mixer
-            for layer in run.layers:
-                states[layer] = mixer.init_state(batch, max_length, dtype)
-        return tuple(states[layer] for layer in range(self.config.depth))
+        checks.size("batch", batch)
+        checks.size("max_length", max_length)
+        return blank(self.config, batch, max_length)
 
     def mix(
         self,
@@ -60,13 +63,9 @@ class Backbone(nnx.Module):
     ) -> tuple[Float[Array, "B T *S D"], tuple, dict[str, Array]]:
         """The stream x after the blocks and the norm, the state, and auxiliary values."""
         config = self.config
-        if state is not None and len(state) != config.depth:
-            raise ValueError(f"state has {len(state)} entries; the model has {config.depth} blocks")
-        if state is not None and any(entry is None for entry in state):
-            raise ValueError(
-                "state is of a call without one, where attention keeps no cache; "
-                "begin with init_state"
-            )
+        checks.mask("reset", reset, x.shape[:2])
+        if state is not None:
+            check(config, x.shape[0], state)
         x = x.astype(stream_dtype(config))
         x = mesh.constrain(x, mesh.ENDS, matmul.stream(x))
         order = [run.layers for run in runs(config)]
@@ -135,6 +134,14 @@ class Backbone(nnx.Module):
             return x, *_stack(rest)
         x, (after, aux) = jax.lax.scan(body, x, (block, state))
         return x, after, aux
+
+
+def made_from(config: Any, kind: type[Any], rngs: Any) -> None:
+    """Raise a ValueError unless a model is made from a config of its kind and random streams."""
+    if not isinstance(config, kind):
+        raise ValueError(f"config is a {type(config).__name__}; it must be a {kind.__name__}")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs is a {type(rngs).__name__}; it must be flax.nnx.Rngs(seed)")
 
 
 def _keys(key: Array | None, layers: tuple[int, ...]) -> Array | None:

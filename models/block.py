@@ -26,7 +26,7 @@ from ..layers.retention import Retention
 from ..layers.vir import Vir
 from ..sharding.mesh import refusal
 from .config import BackboneConfig
-from .pattern import Kind, parse
+from .pattern import Kind, imported, parse
 
 MIXERS = {
     "gla": GLA,
@@ -80,8 +80,9 @@ class Block(nnx.Module):
         self.mlp_factors = config.residual.mlp
         kept = stream_dtype(config) if self.normed else self.dtype
         self.mixer_norm = norm(config, kept, rngs)
-        mixer = MIXERS[kind.mixer]
-        self.mixer = mixer(config.width, getattr(config, kind.mixer), **options)
+        mixer = MIXERS.get(kind.mixer) or imported(kind.mixer)
+        own = (getattr(config, kind.mixer),) if kind.mixer in MIXERS else ()
+        self.mixer = mixer(config.width, *own, **options)
         self.mlp, self.mixer_scale, self.mlp_scale = (nnx.data(None) for _ in range(3))
         if kind.mlp != "none":
             self.mlp_norm = norm(config, kept, rngs)

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 from dataclasses import field
-from typing import Annotated, Literal, get_args, get_origin
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import tyro
 
@@ -18,7 +19,7 @@ from ..layers.mlp import MLPConfig
 from ..layers.moe import MoEConfig
 from ..layers.retention import RetentionConfig
 from ..layers.vir import VirConfig
-from .pattern import FRAMES, parse
+from .pattern import FRAMES, imported, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,19 @@ class ResidualConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """Everything that shapes the blocks of a network."""
+    """Everything that shapes the blocks of a network.
+
+    Raises ValueError for values that cannot be, or do not go together.
+    """
 
     width: int = 256
     """Width of the residual stream, in features."""
     depth: int = 4
     """Number of blocks."""
     pattern: str = "gla+swiglu"
-    """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`. Mixers: gla, retention,
-    vir, lightning, mamba, mamba2, aaren, attention, conv. MLPs: swiglu, geglu, gelu, glu, moe,
-    none."""
+    """Blocks as `mixer[+mlp][*n]`, comma separated, repeated to `depth`. Mixers: gla, retention,
+    vir, lightning, mamba, mamba2, aaren, attention, conv, or module:Class for one of your own.
+    MLPs: swiglu, geglu, gelu, glu, moe, none."""
     norm: Literal["rms", "layer", "simple"] = "rms"
     """Norm before each mixer and MLP and after the last: RMSNorm, LayerNorm, or RMSNorm without
     weights."""
@@ -99,9 +103,12 @@ class BackboneConfig:
 
     @property
     def grows(self) -> bool:
-        """Whether its state grows with the sequence: softmax attention without a window does."""
-        mixers = {kind.mixer for kind in parse(self.pattern, self.depth)}
-        return "attention" in mixers and self.attention.window is None
+        """Whether its state grows with the sequence: softmax attention without a window does, and
+        a mixer of one's own whose class says `grows = True`."""
+        kinds = set(parse(self.pattern, self.depth))
+        own = any(kind.own and getattr(imported(kind.mixer), "grows", False) for kind in kinds)
+        attention = "attention" in {kind.mixer for kind in kinds}
+        return own or (attention and self.attention.window is None)
 
     @property
     def frame(self) -> tuple[int, int] | None:
@@ -110,9 +117,7 @@ class BackboneConfig:
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
-            value, known = getattr(self, each.name), get_args(each.type)
-            if get_origin(each.type) is Literal and value not in known:
-                raise ValueError(f"{each.name}={value!r} is not one of {', '.join(known)}")
+            _check_kind(each.name, getattr(self, each.name), each.type)
         if self.width < 1:
             raise ValueError(f"width={self.width}; it must be at least 1")
         for each in dataclasses.fields(self):
@@ -132,7 +137,10 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig(BackboneConfig):
-    """Everything that shapes a language model; its fields are the command line's model flags."""
+    """Everything that shapes a language model; its fields are the command line's model flags.
+
+    Raises ValueError for values that cannot be, or do not go together.
+    """
 
     vocab: int = 256
     """Number of token ids."""
@@ -171,18 +179,56 @@ MAY_BE_ZERO = (
     "shared",
 )  # of the mixers' whole numbers; the others are sizes
 MAY_BE_INFINITE = ("mamba2.dt_limit",)
+POSITIVE = ("ratio", "key_ratio", "value_ratio", "expand", "rope_base", "rotary_base")
+POSITIVE += ("decay_temperature", "dt_min", "dt_max")
+NOT_NEGATIVE = ("norm_eps", "init_std")
+
+
+def _check_kind(name: str, value: object, kind: Any) -> None:
+    """A field holds what it is declared as, and so do the fields of a group of flags."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        if value not in kinds:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, kinds))}")
+    elif dataclasses.is_dataclass(kind):
+        if not isinstance(value, cast(type, kind)):
+            raise ValueError(f"{name}={value!r}; it must be a {getattr(kind, '__name__', kind)}")
+        for each in dataclasses.fields(kind):
+            _check_kind(f"{name}.{each.name}", getattr(value, each.name), each.type)
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}; it must be True or False")
+    elif get_origin(kind) is tuple and Ellipsis not in kinds:
+        if not (isinstance(value, tuple) and len(value) == len(kinds)):
+            raise ValueError(f"{name}={value!r}; it must be a tuple of {len(kinds)} numbers")
+    elif kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name}={value!r}; it must be a text")
+    elif get_origin(kind) is not tuple and (int in kinds or float in kinds):
+        number = Real if float in kinds else Integral
+        if not (isinstance(value, number) or (value is None and type(None) in kinds)):
+            what = "a number" if float in kinds else "a whole number"
+            raise ValueError(f"{name}={value!r}; it must be {what}")
 
 
 def _check_numbers(name: str, value: object) -> None:
-    """Sizes are at least 1 and numbers finite, in the groups of flags too."""
-    numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+    """Sizes are at least 1, numbers finite and of the right sign, in the groups of flags too."""
+    numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Real)]
     if not all(map(math.isfinite, numbers)) and name not in MAY_BE_INFINITE:
         raise ValueError(f"{name}={value}; it must be finite")
+    last = name.rpartition(".")[2]
+    if isinstance(value, Real) and value <= 0 and last in POSITIVE:
+        raise ValueError(f"{name}={value}; it must be more than 0")
+    if isinstance(value, Real) and value < 0 and last in NOT_NEGATIVE:
+        raise ValueError(f"{name}={value}; it must be 0 or more")
     if not dataclasses.is_dataclass(value):
         return
     for each in dataclasses.fields(value):
         inner = getattr(value, each.name)
         _check_numbers(f"{name}.{each.name}", inner)
-        least = 0 if each.name in MAY_BE_ZERO else 1
-        if isinstance(inner, int) and not isinstance(inner, bool) and inner < least:
+        least, whole = (
+            0 if each.name in MAY_BE_ZERO else 1,
+            int in (get_args(each.type) or (each.type,)),
+        )
+        if whole and isinstance(inner, Integral) and inner < least:
             raise ValueError(f"{name}.{each.name}={inner}; it must be at least {least}")

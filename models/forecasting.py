@@ -10,11 +10,12 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..kernels import checks
 from ..layers.attention import AttentionConfig
 from ..layers.linear import Linear
 from ..layers.position import rotary_angles, rotary_frequencies
 from ..sharding.ops import positions
-from .backbone import Backbone
+from .backbone import Backbone, made_from
 from .block import stream_dtype
 from .config import BackboneConfig
 from .pattern import parse
@@ -27,14 +28,20 @@ class SeriesConfig(BackboneConfig):
     """Everything that shapes a network over a sequence of numbers.
 
     Positions are added to what is read, as in the Transformers whose attention Aaren replaces: it
-    has none of its own, and attention has no rotary ones here unless they are asked for.
+    has none of its own, and attention has no rotary ones here unless they are asked for. Source:
+    arXiv:2405.13956. Raises ValueError for values that cannot be, or do not go together.
     """
 
     width: int = 32
+    """Width of the residual stream, in features."""
     depth: int = 2
+    """Number of blocks."""
     pattern: str = "aaren+gelu"
+    """Blocks as `mixer[+mlp][*n]`, comma separated, repeated to `depth`."""
     norm: Literal["rms", "layer", "simple"] = "layer"
+    """Norm before each mixer and MLP and after the last: rms, layer, or simple."""
     attention: AttentionConfig = field(default_factory=lambda: AttentionConfig(rope_base=None))
+    """Softmax attention blocks."""
     positions: Literal["none", "sinusoidal", "learned"] = "sinusoidal"
     """What is added to a token's projection for its distance from its document's first token:
     nothing, sines and cosines (arXiv:1706.03762), or a learned vector."""
@@ -69,12 +76,15 @@ class SeriesModel(Backbone):
     """y = output(norm(blocks(input(x) + position))): at every token, of all tokens up to it.
 
     A state is {"blocks": the blocks' own, "position": int32 (B,)}. A document with more tokens than
-    there are learned positions reads nan, because a compiled function cannot raise.
+    there are learned positions reads nan, because a compiled function cannot raise. Source:
+    arXiv:2405.13956. Raises ValueError for another kind of config, and for arrays and states that
+    do not fit.
     """
 
     config: SeriesConfig
 
     def __init__(self, config: SeriesConfig, *, rngs: nnx.Rngs):
+        made_from(config, SeriesConfig, rngs)
         dtype = jnp.dtype(config.param_dtype)
         stream, normal = stream_dtype(config), jax.nn.initializers.normal
 
@@ -109,6 +119,7 @@ class SeriesModel(Backbone):
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T outputs"], State, dict[str, Array]]:
         """The same, and the blocks' auxiliary values; a key says that the model is trained."""
+        checks.stream(x, reset)
         start, given = (None, None) if state is None else (state["position"], state["blocks"])
         index, following = positions(x.shape[1], start, reset)
         h = self.input(x)

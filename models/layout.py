@@ -75,13 +75,13 @@ def from_layers(
     params: dict[str, Any] = {"blocks": {}}
     for name, leaf in flat.items():
         if not name.startswith("layers."):
-            put(params, [int(part) if part.isdigit() else part for part in name.split(".")], leaf)
+            put(params, keys(name), leaf)
     for index, run in enumerate(runs(config)):
         params["blocks"][index] = {}
         first = f"layers.{run.layers[0]}."
         for path in [name.removeprefix(first) for name in known if name.startswith(first)]:
             leaves = [flat[f"layers.{layer}.{path}"] for layer in run.layers]
-            put(params["blocks"][index], path.split("."), jnp.stack(leaves))
+            put(params["blocks"][index], keys(path), jnp.stack(leaves))
     return params
 
 
@@ -134,6 +134,11 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
+
+
+def keys(name: str) -> list[str | int]:
+    """The path of a name, whose numbers are places of a list."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
 def put(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:

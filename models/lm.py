@@ -1,23 +1,31 @@
 """A decoder-only language model: embedding, blocks, norm, head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ..kernels import checks
 from ..layers.linear import Linear, flat_dot_general
 from ..sharding import vocabulary
-from .backbone import Backbone
+from .backbone import Backbone, made_from
 from .block import stream_dtype
 from .config import LMConfig
 
 
 class LM(Backbone):
-    """logits = head(norm(blocks(embedding[tokens]))), next-token logits at every position."""
+    """logits = head(norm(blocks(embedding[tokens]))), next-token logits at every position.
+
+    Raises ValueError for another kind of config, for ids that are not (B, T) signed integers, a
+    reset of another shape, and a state of another model or batch.
+    """
 
     config: LMConfig
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        made_from(config, LMConfig, rngs)
         dtype = jnp.dtype(config.param_dtype)
         rows = -(-config.vocab // config.vocab_multiple) * config.vocab_multiple
         init = jax.nn.initializers.normal(config.init_std)
@@ -59,8 +67,11 @@ class LM(Backbone):
         Logits of at most `config.loss_chunk` tokens exist at once, forward or backward: of whole
         time steps, so of one step at least, however large the batch.
         """
-        x, state, aux = self.hidden(tokens, state, reset, key)
         config = self.config
+        ids("targets", targets, config.vocab)
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets has shape {targets.shape}, tokens {tokens.shape}")
+        x, state, aux = self.hidden(tokens, state, reset, key)
         nll = vocabulary.nll(_logits, self.weight, x, targets, config.vocab, config.loss_chunk)
         return nll, state, aux
 
@@ -73,6 +84,7 @@ class LM(Backbone):
     ) -> tuple[Float[Array, "B T D"], tuple, dict[str, Array]]:
         """The residual stream after the last norm, the state, and the blocks' auxiliary values."""
         config, stream = self.config, stream_dtype(self.config)
+        ids("tokens", tokens, config.vocab)
         known = jnp.where(tokens < config.vocab, tokens, -1)  # others read nan
         x = vocabulary.take(self.embedding[...], known).astype(stream)
         if config.embed_scale:
@@ -87,6 +99,13 @@ class LM(Backbone):
     def weight(self) -> Float[Array, "D columns"]:
         """The head's column of each token."""
         return self.embedding[...].T if self.head is None else self.head.kernel[...]
+
+
+def ids(name: str, x: Any, vocab: int) -> None:
+    """Raise a ValueError unless x is (B, T) of a type that holds -1 and the vocabulary."""
+    checks.axes(name, x, "B T")
+    if not jnp.issubdtype(x.dtype, jnp.signedinteger) or jnp.iinfo(x.dtype).max < vocab:
+        raise ValueError(f"{name} is {x.dtype}; ids of a vocabulary of {vocab} must be int32")
 
 
 def _logits(x, weight):

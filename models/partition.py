@@ -15,6 +15,7 @@ from ..sharding import expert, rules
 from ..sharding.mesh import ROWS
 from .block import runs
 from .config import BackboneConfig
+from .pattern import Kind, imported
 
 INTO, BACK, WITHIN = P("fsdp", "tensor"), P("tensor", "fsdp"), P("tensor")
 EVERYWHERE, FEATURES = P(), P(None, "tensor")
@@ -68,6 +69,7 @@ STATES = (  # of every mixer, by what it calls its parts
     (r"conv(_[qkv])?|[xBC]_conv", P(ROWS, None, "tensor")),
     (r"re|im", P(ROWS, None, None, "tensor")),
     (r"length|start|position|h|c", P(ROWS)),
+    (r".*", P(ROWS)),  # what a mixer of one's own calls its parts: whole, beside the rows
 )
 
 
@@ -79,11 +81,19 @@ def specs(config: BackboneConfig, params: dict[str, Any]) -> dict[str, Any]:
         if names[0] != "blocks":
             return rules.match(RULES, ".".join(names))
         kind = runs(config)[int(names[1])].kind
-        roles = {"mixer": kind.mixer, "mlp": kind.mlp}
+        roles = {"mixer": kind.role, "mlp": kind.mlp}
         name = ".".join(roles.get(part, part) for part in names[2:])
-        return P("pipe", *rules.match(RULES, name))
+        return P("pipe", *rules.match((*own(kind), *RULES), name))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def own(kind: Kind) -> rules.Rules:
+    """The rules of a mixer `module:Class`: its attribute `places`, names to PartitionSpecs."""
+    if not kind.own:
+        return ()
+    places = getattr(imported(kind.mixer), "places", {})
+    return [(rf"{kind.role}\.({name})", spec) for name, spec in places.items()]
 
 
 def shardings(config: BackboneConfig, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -112,7 +122,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     devices = mesh.shape["tensor"]
 
     def one(path, leaf):
-        spec = rules.match(STATES, str(path[-1].key))
+        spec = rules.match(STATES, jax.tree_util.keystr(path[-1:], simple=True))
         kept = (
             None if axis == "tensor" and size % devices else axis
             for axis, size in zip(spec, leaf.shape, strict=False)

@@ -94,6 +94,7 @@ PRESETS: dict[str, LMConfig] = {
     "tnl-1b": _tnl(64000, 2048, 16, 5632),
     "tnl-7b": _tnl(64000, 4096, 30, 11008),
 }
+"""Language models by name; the number is that of their parameters."""
 
 
 def _vir(width: int, heads: int) -> VisionConfig:
@@ -109,6 +110,7 @@ def _vir(width: int, heads: int) -> VisionConfig:
 
 
 VISION_PRESETS: dict[str, VisionConfig] = {"vir-s": _vir(384, 6), "vir-b": _vir(768, 12)}
+"""Classifiers of images by name."""
 
 
 def _moving_mnist(width: int) -> VideoConfig:
@@ -121,3 +123,4 @@ VIDEO_PRESETS: dict[str, VideoConfig] = {
     "convs5-moving-mnist-300": _moving_mnist(256),
     "convs5-moving-mnist-600": _moving_mnist(128),
 }
+"""Models of video by name."""

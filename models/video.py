@@ -10,22 +10,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..kernels import checks
 from ..layers.convlstm import ConvLSTMConfig
 from ..layers.convs5 import ConvS5Config
 from ..layers.frame import Decoder, Encoder
-from .backbone import Backbone
+from .backbone import Backbone, made_from
 from .config import BackboneConfig
 from .pattern import FRAMES, parse
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig(BackboneConfig):
-    """Everything that shapes a model of video; its fields are the command line's model flags."""
+    """Everything that shapes a model of video; its fields are the command line's model flags.
+
+    Source: arXiv:2310.19694. Raises ValueError for values that cannot be, or do not go together.
+    """
 
     pattern: str = "convs5"
     """Blocks as of any network: of frames (convs5, convlstm, which stand without an MLP), or of
     tokens, each a place of an encoded frame, row by row."""
     norm: Literal["rms", "layer", "simple"] = "layer"
+    """Norm before each mixer and MLP of tokens and after the last: rms, layer, or simple."""
     size: tuple[int, int] = (64, 64)
     """Height and width of a frame, in pixels."""
     channels: int = 1
@@ -80,12 +85,14 @@ class Video(Backbone):
     Frames are (B, T, height, width, channels) in [-1, 1]. Where blocks take tokens, the tokens of
     all frames are one sequence: the token at place i of frame t sees all earlier frames and the
     earlier places of its own, carries a learned position of its place besides what its mixer knows
-    of order, and predicts place i of frame t + 1.
+    of order, and predicts place i of frame t + 1. Source: arXiv:2310.19694. Raises ValueError for
+    another kind of config, and for arrays and states that do not fit.
     """
 
     config: VideoConfig
 
     def __init__(self, config: VideoConfig, *, rngs: nnx.Rngs):
+        made_from(config, VideoConfig, rngs)
         kinds: dict[str, Any] = {
             "dtype": jnp.dtype(config.dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
@@ -110,6 +117,13 @@ class Video(Backbone):
         self, frames: Float[Array, "B T H W C"], state: tuple | None = None
     ) -> tuple[Float[Array, "B T H W C"], tuple]:
         """The frame that follows each, in (-1, 1), and the state after the last."""
+        checks.axes("frames", frames, "B T H W C")
+        config = self.config
+        if frames.shape[2:] != (*config.size, config.channels):
+            raise ValueError(
+                f"frames of {frames.shape[2:]}; the model takes {(*config.size, config.channels)}: "
+                "height, width, channels"
+            )
         x = self.encoder(frames)
         if self.position is None:
             x, state, _ = self.mix(x, state)

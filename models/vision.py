@@ -11,12 +11,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..kernels import checks
 from ..layers.attention import AttentionConfig
 from ..layers.linear import Linear
 from ..layers.mlp import MLPConfig
 from ..layers.vir import VirConfig
 from ..sharding import mesh, schedule
-from .backbone import Backbone
+from .backbone import Backbone, made_from
 from .block import stream_dtype
 from .config import BackboneConfig, ResidualConfig
 from .pattern import parse
@@ -28,7 +29,10 @@ State = dict[str, Any]
 class VisionConfig(BackboneConfig):
     """Everything that shapes a classifier of images. The defaults are ViR-S (arXiv:2310.19731);
     pattern attention+gelu makes a ViT of it, which sees all patches at once unless
-    attention.causal is set."""
+    attention.causal is set.
+
+    Raises ValueError for values that cannot be, or do not go together.
+    """
 
     image: tuple[int, int] = (224, 224)
     """Height and width of an image in pixels."""
@@ -46,8 +50,8 @@ class VisionConfig(BackboneConfig):
     depth: int = 12
     """Number of blocks."""
     pattern: str = "vir+gelu"
-    """Blocks as mixer[+mlp][*n], comma separated, repeated to `depth`; mixers without positions of
-    their own (vir, attention, gla, mamba, ...) and MLPs are those of language models."""
+    """Blocks as `mixer[+mlp][*n]`, comma separated, repeated to `depth`; mixers without positions
+    of their own (vir, attention, gla, mamba, ...) and MLPs are those of language models."""
     norm: Literal["rms", "layer", "simple"] = "layer"
     """Norm before each mixer and MLP and after the last: rms, layer, or simple."""
     residual: ResidualConfig = field(default_factory=lambda: ResidualConfig(scale=1e-5))
@@ -88,6 +92,11 @@ def patches(
     images: Float[Array | np.ndarray, "B height width channels"], patch: int
 ) -> Float[Array | np.ndarray, "B N features"]:
     """Patches row by row; features are a patch's rows, their pixels, and each pixel's channels."""
+    if images.ndim != 4 or any(size % patch for size in images.shape[1:3]):
+        raise ValueError(
+            f"images of shape {images.shape} in patches of {patch} x {patch}; they must be (B, "
+            "height, width, channels), a height and width that the patch divides"
+        )
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
@@ -95,13 +104,15 @@ class Vision(Backbone):
     """logits = output(norm(blocks([input(patches) + positions, class token]))_last): ViR, ViT.
 
     The class token comes last, so that it has seen every patch where a mixer sees only what came
-    before. Then the recurrent form gives a class after any patches: `read` some, `classify`, and
-    go on from the same state.
+    before. Then the recurrent form gives a class after any patches: `read` some, `classify`, and go
+    on from the same state. Source: arXiv:2310.19731, arXiv:2010.11929. Raises ValueError for
+    another kind of config, and for arrays and states that do not fit.
     """
 
     config: VisionConfig
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+        made_from(config, VisionConfig, rngs)
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         (rows, columns), width = config.grid, config.width
         init = jax.nn.initializers.normal(0.02)
@@ -122,6 +133,7 @@ class Vision(Backbone):
     ) -> tuple[Float[Array, "B D"], dict[str, Array]]:
         """The class token after the last norm, and the blocks' auxiliary values."""
         rows, columns = self.config.grid
+        checks.axes("patches", patches, "B N features")
         if patches.shape[1] != rows * columns:
             raise ValueError(f"{patches.shape[1]} patches; images have {rows} x {columns}")
         x = self.embed(patches)

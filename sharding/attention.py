@@ -41,7 +41,11 @@ def attention(
     return_lse: bool = False,
     **how: Any,
 ) -> Any:
-    """`kernels.attention` on the mesh in force, by the schedule in force."""
+    """`kernels.attention` on the mesh in force, by the schedule in force.
+
+    Raises what that raises, and ValueError for a size that does not divide over its axis, and for
+    a `dtype`, which goes with keys of a cache alone.
+    """
     sight: dict[str, Any] = {"causal": causal, "window": window}
     if not mesh.several():
         return kernels.attention(q, k, v, **sight, reset=reset, return_lse=return_lse, **how)

@@ -24,7 +24,8 @@ def diagonal_scan(
 ) -> tuple[Tokens, State]:
     """`kernels.diagonal_scan` on the mesh in force.
 
-    The channels lie over the axis tensor if they divide, else whole on every device of it.
+    The channels lie over the axis tensor if they divide, else whole on every device of it. Raises
+    what that raises, and ValueError for rows or a time that do not divide over their axes.
     """
     if not mesh.several():
         return kernels.diagonal_scan(u, log_decay, state=state, reset=reset, **how)

@@ -27,6 +27,8 @@ ENDS = (*ROWS, "pipe")  # and outside: the embedding and the loss are shared by 
 
 def parse(text: str) -> dict[str, int]:
     """The sizes of all axes from `data=2,seq=4`. Raises ValueError naming what is wrong."""
+    if not isinstance(text, str):
+        raise ValueError(f"mesh {text!r} is no text of axes, as data=2,seq=4")
     sizes = dict.fromkeys(AXES, 1)
     given: set[str] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -46,7 +48,7 @@ def parse(text: str) -> dict[str, int]:
 def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first of `devices` (None: all there are). ValueError for too few."""
     sizes = parse(text)
-    given, devices = devices is not None, list(jax.devices() if devices is None else devices)
+    given, devices = devices is not None, list(found() if devices is None else devices)
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
         advice = "" if given else f"; --emulate-devices {wanted} makes them of a CPU"
@@ -63,6 +65,15 @@ def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices[:wanted])
 
 
+def found() -> list[Any]:
+    """JAX's devices. ValueError if the platforms that are asked for are not there."""
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"JAX has no devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from None
+
+
 def emulate(devices: int) -> None:
     """Make so many devices of the CPU; 0 changes nothing. ValueError once JAX has found its own."""
     if not devices:
@@ -73,7 +84,8 @@ def emulate(devices: int) -> None:
     except RuntimeError:
         if len(jax.devices()) < devices or jax.default_backend() != "cpu":
             raise ValueError(
-                f"emulate_devices={devices}, but JAX already runs on {len(jax.devices())} devices"
+                f"emulate_devices={devices}, but JAX already runs on {len(jax.devices())} devices "
+                f"({jax.default_backend()}); make them before anything else asks JAX for its own"
             ) from None
 
 
@@ -95,19 +107,21 @@ def free() -> list[str]:
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Lay x out so over the mesh in force; without one, x."""
+    """Lay x, of any shape, out so over the mesh in force; without one, x."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if several() else x
 
 
 def sharding(mesh: Mesh, *spec: Any) -> NamedSharding:
+    """Where an array lies whose axes go over these axes of a mesh; the others lie whole."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def spread(where: NamedSharding, count: int, make: Callable[..., Any]) -> dict[str, jax.Array]:
     """A batch of `count` rows over a mesh; make(rows=slice) is asked for this process's rows only.
 
-    The devices of one process may hold several spans of rows; each is made once, with all of its
-    time, which is cut here. An array of rows alone lies as the rows do.
+    Its arrays are (rows, T, ...), of which `where` says how rows and T lie, or (rows,). The devices
+    of one process may hold several spans of rows; each is made once, with all of its time, which
+    is cut here. An array of rows alone lies as the rows do.
     """
 
     @functools.cache

@@ -15,7 +15,8 @@ from .. import kernels
 from ..kernels import documents
 from ..kernels.attention import fixed_query_summary
 from ..kernels.linear_attention import summary as linear_summary
-from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX
+from ..kernels.monoid import COUNT, DECAY, LOWEST, SOFTMAX, Element, Monoid, fold, resettable
+from ..kernels.prefixes import as_wide, check, wide
 from ..kernels.selective_scan import summary as selective_summary
 from . import mesh
 from .attention import attention as attention
@@ -35,7 +36,10 @@ def linear_attention(
     reset: Bool[Array, "B T"] | None = None,
     **how: Any,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`kernels.linear_attention` on the mesh in force."""
+    """`kernels.linear_attention` on the mesh in force: rows, time and heads over its axes.
+
+    Raises what that raises, and ValueError for a size that does not divide over its axis.
+    """
     if not mesh.several():
         return kernels.linear_attention(q, k, v, log_decay, state=state, reset=reset, **how)
     heads = max(q.shape[2], k.shape[2], v.shape[2], log_decay.shape[2 * (log_decay.ndim > 1)])
@@ -87,7 +91,10 @@ def selective_scan(
     reset: Bool[Array, "B T"] | None = None,
     **how: Any,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """`kernels.selective_scan` on the mesh in force, its channels D over the axis tensor."""
+    """`kernels.selective_scan` on the mesh in force, its channels D over the axis tensor.
+
+    Raises what that raises, and ValueError for a size that does not divide over its axis.
+    """
     if not mesh.several():
         return kernels.selective_scan(u, delta, A, B, C, D=D, state=state, reset=reset, **how)
     mesh.check(u.shape[0], u.shape[1], u.shape[2], "channels")
@@ -129,7 +136,10 @@ def fixed_query(
     reset: Bool[Array, "B T"] | None = None,
     **how: Any,
 ) -> tuple[Float[Array, "B T H V"], Any]:
-    """`kernels.fixed_query` on the mesh in force."""
+    """`kernels.fixed_query` on the mesh in force: rows, time and heads over its axes.
+
+    Raises what that raises, and ValueError for a size that does not divide over its axis.
+    """
     if not mesh.several():
         return kernels.fixed_query(q, k, v, scale=scale, state=state, reset=reset, **how)
     heads = q.shape[0]
@@ -161,10 +171,62 @@ def fixed_query(
     )
 
 
+def prefixes(
+    monoid: Monoid,
+    elements: Element,
+    *,
+    state: Element | None = None,
+    reset: Bool[Array, "B T"] | None = None,
+    **how: Any,
+) -> tuple[Element, Element]:
+    """`kernels.prefixes` on the mesh in force, for elements (B, T, H, ...), H over the axis tensor.
+
+    The heads or channels H do not meet in `combine`. Raises ValueError for a size that does not
+    divide over its axis.
+    """
+    if not mesh.several():
+        return kernels.prefixes(monoid, elements, state=state, reset=reset, **how)
+    check(elements, state, reset, how.get("chunk"))
+    shapes = [x.shape for x in jax.tree.leaves(elements)]
+    if {shape[2:3] for shape in shapes} != {shapes[0][2:3]} or len(shapes[0]) < 3:
+        raise ValueError(f"elements have shapes {shapes}; on a mesh all must begin (B, T, H)")
+    batch, time, heads = shapes[0][:3]
+    mesh.check(batch, time, heads, "channels")
+    elements = wide(elements)
+    if state is None:
+        state = monoid.identity(jax.tree.map(lambda x: x[:, 0], elements))
+    by_head = lying(time)[1]
+
+    def op(tokens, shared, state, reset):
+        return kernels.prefixes(monoid, tokens, state=state, reset=reset, **how)
+
+    def summarize(tokens, shared, reset, state):
+        flags = jnp.zeros(jax.tree.leaves(tokens)[0].shape[:2], bool) if reset is None else reset
+        time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (flags, tokens))
+        return fold(resettable(monoid), time_first)
+
+    return run(
+        op,
+        elements,
+        (),
+        as_wide(state, elements),
+        reset,
+        specs=(by_head, (), BY_HEAD, by_head),
+        summarize=summarize,
+        monoid=lambda _: monoid,
+        element=lambda state: state,
+        value=lambda element: element,
+    )
+
+
 def positions(
     length: int, start: Int[Array, "B"] | None = None, reset: Bool[Array, "B T"] | None = None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """`documents.positions` on the mesh in force."""
+    """(each token's distance from its document's first one, that of the token after the last).
+
+    `start` is the distance of the first token here, 0 if None; positions are counted in tokens.
+    Raises ValueError for rows or a time that do not divide over the mesh in force.
+    """
     if reset is None or not mesh.several():  # without documents they are an iota, wherever it lies
         return documents.positions(length, start, reset)
     mesh.check(reset.shape[0], reset.shape[1])

@@ -16,7 +16,10 @@ def match(rules: Rules, name: str) -> PartitionSpec:
     for pattern, spec in rules:
         if re.fullmatch(pattern, name):
             return spec
-    raise ValueError(f"no rule says where the parameter {name} lies")
+    raise ValueError(
+        f"no rule says where the parameter {name} lies; "
+        "a mixer of your own names it in its attribute `places`"
+    )
 
 
 def check(name: str, shape: Sequence[int], spec: PartitionSpec, sizes: dict[str, int]) -> None:

@@ -14,7 +14,10 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How what lies over a mesh is exchanged; the results are the same."""
+    """How what lies over a mesh is exchanged; the results are the same.
+
+    Raises ValueError for a value that is not one of a field's, or that another leaves no use for.
+    """
 
     states: Literal["gather", "scan", "ring"] = "gather"
     """Summaries of mixers with a state, over the axis seq: one all-gather (LASP-2), log2 P
@@ -88,4 +91,5 @@ def using(schedule: Schedule) -> AbstractContextManager[None]:
 
 
 def in_force() -> Schedule:
+    """The schedule that `using` has put in force, or the plain one."""
     return _context.value

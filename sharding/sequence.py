@@ -25,7 +25,7 @@ def across(rule: Monoid, summary: Element, axis: str, method: Method = "gather")
     gather: one all-gather, P - 1 summaries received by each device (LASP-2). scan: ceil(log2 P)
     exchanges of one summary, one after the other. ring: one summary sent by each device, P - 1
     exchanges one after the other (LASP). The first device's is the identity. The backward passes
-    exchange as much in the other direction.
+    exchange as much in the other direction. Raises ValueError for another method.
     """
     devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     nothing = rule.identity(summary)
@@ -99,6 +99,7 @@ def run(
     specs: PartitionSpecs of tokens, shared, state and outputs. `summarize(tokens, shared, reset,
     state)` is a span's element of resettable(monoid(shared)); `element(state)` and `value(element)`
     go from a state to the monoid's element and back. A single token is run by all devices of `seq`.
+    Tokens are arrays (B, T, ...). Raises ValueError for a T that does not divide over `seq`.
     """
     length = jax.tree.leaves(tokens)[0].shape[1]
     spread = mesh.size("seq") > 1 and mesh.over_time(length) is not None
@@ -123,7 +124,10 @@ HEADS = P(mesh.ROWS, "seq", "tensor")  # (B, T, H, ...)
 
 
 def lying(length: int) -> tuple[P, P]:
-    """TIME and HEADS for so many tokens: a single one lies on every device of `seq`."""
+    """TIME and HEADS for so many tokens: a single one lies on every device of `seq`.
+
+    Raises ValueError for another length that does not divide over it.
+    """
     axis = mesh.over_time(length)
     return P(mesh.ROWS, axis), P(mesh.ROWS, axis, "tensor")
 
@@ -142,7 +146,8 @@ def manual(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 def grouped(x: Float[Array, "B T G K"], heads: int) -> tuple[Array, P]:
     """x and how it lies over the axes: its groups over `tensor`, or one on every device.
 
-    Groups that are fewer than the devices, and several, are repeated to one a head first.
+    Groups that are fewer than the devices, and several, are repeated to one a head first. Raises
+    ValueError for a time that does not divide over `seq`.
     """
     groups, parts = x.shape[2], mesh.size("tensor")
     whole, by_head = lying(x.shape[1])
@@ -157,7 +162,8 @@ def run_each(op: Callable, x: Any, shared: Any) -> Any:
     """op(x, shared), which takes each token of x (B, T, ...) alone: nothing is exchanged.
 
     Rows and time lie over the mesh in force, all else whole on every device. XLA, left to place
-    an `op` that folds rows and time into one axis, would gather them first.
+    an `op` that folds rows and time into one axis, would gather them first. Raises ValueError for
+    rows or a time that do not divide over the mesh.
     """
     if not mesh.several():
         return op(x, shared)
@@ -173,7 +179,7 @@ def run_window(
 
     x (B, T, D) and the window (B, W, D), the last inputs before x, lie over the mesh in force with
     D over `tensor` if it divides; `places` are the PartitionSpecs of `shared` then. A halo of W
-    rows is exchanged.
+    rows is exchanged. Raises ValueError for rows or a time that do not divide over the mesh.
     """
     if not mesh.several():
         return op(x, shared, window, reset)

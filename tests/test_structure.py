@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("kernels", "sharding", "layers", "models", "experiments")  # each imports to its left
 LIBRARY = [path for folder in LAYERS for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
@@ -119,3 +121,11 @@ def test_signatures_are_checked():
 def test_unchecked_shows_our_own_error(unchecked):
     with pytest.raises(ValueError, match="differ in batch or length"):
         call()
+
+
+def test_the_readme_names_every_paper():
+    """Those that docstrings and comments of the library take something from."""
+    cited = {n for path in LIBRARY for n in re.findall(r"arXiv:(\d{4}\.\d{5})", path.read_text())}
+    named = set(re.findall(r"\b\d{4}\.\d{5}\b", (ROOT / "README.md").read_text()))
+    assert len(cited) > 40
+    assert cited - named == set()

@@ -73,6 +73,8 @@ def corpus(
 ) -> Corpus:
     """Read or map `paths`. Errors: ValueError naming the path and what is wrong with it."""
     train_names, test_names = _names(paths), _names(heldout)
+    if not train_names:
+        raise ValueError("no paths are given: name text files, directories of them, or stdlib")
     name = "corpus " + " ".join(train_names)
     held_name = "corpus " + " ".join(test_names) if test_names else name + " (held out)"
     files, held = documents.find(train_names, suffixes), documents.find(test_names, suffixes)
@@ -154,6 +156,8 @@ def _vocab(vocab: int | None, tokenizer: Tokenizer | None, name: str) -> int:
     if tokenizer is None:
         if vocab is None:
             raise ValueError(f"{name}: token arrays need vocab, or a tokenizer to know it from")
+        if vocab < 1:
+            raise ValueError(f"vocab={vocab}; it must be at least 1")
         return vocab
     if vocab is not None and vocab < tokenizer.vocab:
         raise ValueError(f"{name}: vocab={vocab} is less than the tokenizer's {tokenizer.vocab}")

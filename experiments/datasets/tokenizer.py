@@ -88,7 +88,8 @@ class TokenizerJson:
         try:
             return tokenizers.Tokenizer.from_file(self.path)
         except Exception as error:  # the Rust side raises plain Exception
-            raise ValueError(f"tokenizer {self.path} is not a tokenizer.json: {error}") from None
+            said = options.shown([str(error)])
+            raise ValueError(f"tokenizer {self.path} is not a tokenizer.json: {said}") from None
 
     @functools.cached_property
     def vocab(self) -> int:

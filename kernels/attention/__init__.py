@@ -48,8 +48,8 @@ def attention(
 
     Every key has an index (0..S-1 unless `kv_index` gives another; -1 marks an empty cache slot)
     and every query sees the keys whose index is in [first, last]: last is its own index (causal)
-    or the end, first is the start of its document and, with `window`, at most window - 1 before its
-    own. A query that may see nothing returns 0 and a log-sum-exp of -inf.
+    or the end, first is the start of its document and, with a `window` in tokens, at most
+    window - 1 before its own. A query that may see nothing returns 0 and a log-sum-exp of -inf.
 
     `scale` is K**-0.5 if None. Head h reads key and value group h G // H. `reset` marks documents
     when q and k are the same tokens; a cache gives q_index, q_start and kv_index instead.
@@ -57,7 +57,8 @@ def attention(
     number of tokens a blockwise implementation takes at a time. Returns y in `dtype`, that of q if
     None; results over parts of the keys, which are still to be merged, want float32.
     A non-finite key, value, query or cotangent reaches exactly what its mask lets it reach.
-    Raises ValueError for arguments that do not fit.
+    Raises ValueError for arguments that do not fit, NotImplementedError for an implementation that
+    does not take the call.
     """
     check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block)
     first, last = visible(q.shape[:2], causal, window, reset, q_index, q_start)
@@ -150,13 +151,13 @@ def check(q, k, v, causal, window, reset, q_index, q_start, kv_index, block):
     checks.size("window", window)
     checks.size("block", block)
     for name, x, shape in (
-        ("reset", reset, q.shape[:2]),
         ("q_index", q_index, q.shape[:2]),
         ("q_start", q_start, q.shape[:2]),
         ("kv_index", kv_index, k.shape[:2]),
     ):
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} has shape {x.shape}, not {shape}")
+    checks.mask("reset", reset, q.shape[:2])
     same = q.shape[1] == k.shape[1] and kv_index is None
     if reset is not None and not (same and q_index is None and q_start is None):
         raise ValueError(

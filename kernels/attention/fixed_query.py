@@ -69,6 +69,10 @@ def fixed_query(
 def check(q, k, v, state, reset, chunk):
     """Raise a ValueError that names the first shape that does not fit."""
     checks.floats(q=(q, (2,)), k=(k, (4,)), v=(v, (4,)))
+    if state is not None and not (isinstance(state, tuple | list) and len(state) == 3):
+        raise ValueError(
+            f"state is a {type(state).__name__}; it must be a tuple of three, (m, u, w)"
+        )
     for name, x in zip("muw", state or (), strict=False):
         checks.floats(**{f"state's {name}": (x, (x.ndim,))})  # its shapes are named together
     if not q.shape[1]:
@@ -85,6 +89,5 @@ def check(q, k, v, state, reset, chunk):
     expected = (rows, rows, (*rows, v.shape[3]))
     if state is not None and tuple(x.shape for x in state) != expected:
         raise ValueError(f"state has shapes {tuple(x.shape for x in state)}, not {expected}")
-    if reset is not None and reset.shape != k.shape[:2]:
-        raise ValueError(f"reset has shape {reset.shape}, not {k.shape[:2]}")
+    checks.mask("reset", reset, k.shape[:2])
     checks.size("chunk", chunk)

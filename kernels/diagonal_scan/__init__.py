@@ -30,12 +30,12 @@ def diagonal_scan(
 ) -> tuple[Tokens, State]:
     """x_t = exp(log_decay_t) x_{t-1} + u_t, complex numbers as pairs (real, imaginary).
 
-    S5 (arXiv:2208.04933) and ConvS5 (arXiv:2310.19694). `log_decay` is one number a channel P, or
-    one for each token too; its real part is not positive, its imaginary part is in radians a
-    token. All of the payload axes S (height and width of an image, or none) decay alike. `state`
-    is x before the first token (zero if None); `reset` marks tokens before which it is forgotten.
-    `chunk` is taken as by the other operations; nothing here goes by chunks, so none changes a
-    number or a time.
+    S5 (arXiv:2208.04933) and ConvS5 (arXiv:2310.19694). u is a pair of `(B, T, *S, P)`, the state
+    of `(B, *S, P)`, `log_decay` of (P,), or of (B, T, P) for one of each token; its real part is in
+    nats per token and not positive, its imaginary part in radians per token. All of the payload
+    axes S (height and width of an image, or none) decay alike. `state` is x before the first token
+    (zero if None); `reset` marks tokens before which it is forgotten. `chunk`, in tokens, is taken
+    as by the other operations; nothing here goes by chunks, so none changes a number or a time.
 
     Returns x in the dtype of u and the state after the last token in at least float32. Raises
     ValueError for shapes that do not fit, NotImplementedError for an implementation that does not
@@ -55,6 +55,9 @@ def check(u, log_decay, state, reset, chunk):
     """Raise a ValueError that names the first shape or dtype that does not fit."""
     pairs = {"u": u, "log_decay": log_decay} | ({} if state is None else {"state": state})
     for name, pair in pairs.items():
+        if not isinstance(pair, tuple | list):
+            kind = getattr(pair, "dtype", type(pair).__name__)
+            raise ValueError(f"{name} is {kind}; it must be a pair of arrays, (real, imaginary)")
         if len(pair) != 2:
             raise ValueError(f"{name} has {len(pair)} parts; it must have two, real and imaginary")
     if len(shape := u[0].shape) < 3:
@@ -72,6 +75,5 @@ def check(u, log_decay, state, reset, chunk):
             if x.shape != wanted:
                 raise ValueError(f"{what} has shape {x.shape}, not {wanted}")
             checks.floats(**{what: (x, (len(wanted),))})
-    if reset is not None and reset.shape != (batch, time):
-        raise ValueError(f"reset has shape {reset.shape}, not {(batch, time)}")
+    checks.mask("reset", reset, (batch, time))
     checks.size("chunk", chunk)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .. import checks
 from ..dispatch import Implementation, call, target
 from . import megablox, ragged, reference, xla
 
@@ -25,10 +26,11 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """y_i = x_i w_e, or x_i w_e^T with `transpose`, for row i of x in group e.
 
-    Rows lie group after group: `sizes[0]` rows of group 0, `sizes[1]` of group 1, and so on; any
-    size may be 0. w is (E, K, N), or (E, N, K) with `transpose`. The sizes sum to M at most, which
-    is not checked: they are data. Rows past their sum are zero in y and in the gradient to x, and
-    nothing of them reaches the gradient to w, not even a nan.
+    Experts that drop no token, as in MegaBlocks (arXiv:2211.15841). Rows lie group after group:
+    `sizes[0]` rows of group 0, `sizes[1]` of group 1, and so on; any size may be 0. w is (E, K, N),
+    or (E, N, K) with `transpose`. The sizes sum to M at most, which is not checked: they are data.
+    Rows past their sum are zero in y and in the gradient to x, and nothing of them reaches the
+    gradient to w, not even a nan.
 
     w is cast to the dtype of x where it is used. Sums are in at least float32, y and the gradient
     to x in the dtype of x, the gradient to w in that of w. Raises ValueError for shapes that do
@@ -47,6 +49,9 @@ def check(x, w, sizes, transpose):
         raise ValueError(
             f"x {x.shape}, w {w.shape} and sizes {sizes.shape} are not (M, K), (E, _, _), (E,)"
         )
+    checks.floats(x=(x, (2,)), w=(w, (3,)))
+    if sizes.dtype.kind not in "iu":
+        raise ValueError(f"sizes is {sizes.dtype}; it must be whole numbers, as int32")
     if x.shape[0] == 0 or w.shape[0] == 0:
         raise ValueError(f"x {x.shape} and w {w.shape}: at least one row and one group are needed")
     if sizes.shape[0] != w.shape[0]:

@@ -35,8 +35,8 @@ def linear_attention(
     (B, T, H; arXiv:2405.21060), GLA (B, T, H, K; arXiv:2312.06635).
 
     H is the number of heads of log_decay and the largest number of groups of q, k and v, each of
-    which divides it: head h reads group h G // H. log_decay is in natural-log units per token,
-    finite and not positive.
+    which divides it: head h reads group h G // H. log_decay is in nats per token, finite and not
+    positive.
     `state` is S before the first token (zero if None); `reset` marks tokens before which it is
     forgotten. `chunk` is the number of tokens a chunked implementation takes at a time.
 
@@ -93,6 +93,5 @@ def check(q, k, v, log_decay, heads, state, reset, chunk):
     expected = (q.shape[0], heads, q.shape[3], v.shape[3])
     if state is not None and state.shape != expected:
         raise ValueError(f"state has shape {state.shape}, not {expected}")
-    if reset is not None and reset.shape != q.shape[:2]:
-        raise ValueError(f"reset has shape {reset.shape}, not {q.shape[:2]}")
+    checks.mask("reset", reset, q.shape[:2])
     checks.size("chunk", chunk)

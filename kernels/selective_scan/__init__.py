@@ -31,7 +31,8 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, y_t = h_t C_t + D u_t.
 
-    Mamba (arXiv:2312.00752). `delta` is the step after softplus (not negative), A is not positive.
+    Mamba (arXiv:2312.00752). `delta` is the step after softplus (not negative), A is not positive;
+    delta A is a log decay in nats per token.
     `state` is h before the first token (zero if None); `reset` marks tokens before which it is
     forgotten. `chunk` is the number of tokens a chunked implementation takes at a time.
 
@@ -62,9 +63,9 @@ def check(u, delta, A, B, C, D, state, reset, chunk):
         "C": (C, (batch, time, A.shape[-1])),
         "D": (D, (width,)),
         "state": (state, (batch, *A.shape)),
-        "reset": (reset, (batch, time)),
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, not {shape}")
+    checks.mask("reset", reset, (batch, time))
     checks.size("chunk", chunk)

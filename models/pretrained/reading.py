@@ -42,6 +42,8 @@ def load_pretrained(
     over or of another shape, damaged files and numbers that are not finite. Warns
     (`UncheckedWarning`) of weights that carry no checksums.
     """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r} is no mesh; sharding.mesh.make makes one of a text")
     over = meshes.make(devices=jax.devices()[:1]) if mesh is None else mesh
     found = Pretrained(directory, dtype)
     config = dataclasses.replace(  # any vocabulary, though it be cut over devices

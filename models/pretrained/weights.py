@@ -192,6 +192,8 @@ def _reason(path: Path, error: Exception) -> str:
             start = file.read(4)
     except OSError as refused:  # which safetensors may take for a file that is not there
         return str(refused)
+    if start == b"vers":
+        return "it is the pointer that Git LFS leaves in its place; `git lfs pull` fetches it"
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return "it is pickled, as torch.save does; docs/checkpoints.md says how to convert it"
     return shown([str(error)])

@@ -41,6 +41,8 @@ def save_pretrained(
     in. Raises ValueError if the family has no words for the model, FileExistsError if the directory
     is there and not empty.
     """
+    if not isinstance(model, LM):
+        raise ValueError(f"model is a {type(model).__name__}; only an LM has a published layout")
     directory = Path(os.path.expanduser(directory)).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; choose another")

@@ -21,6 +21,8 @@ from scanax.experiments.checkpoint import (
 )
 from scanax.experiments.saving import SaveError, Saver, alone
 
+pytestmark = pytest.mark.core
+
 
 def state(value, size=5000):
     noise = np.random.default_rng(value).normal(size=size)

@@ -18,6 +18,8 @@ from scanax.experiments.loading import load
 from support import untrained
 from support.compare import close
 
+pytestmark = pytest.mark.core
+
 TEXTS = {
     "a.txt": "for letter in 'na\u00efve':\n    print(letter)\n",
     "b.txt": "x",

@@ -24,6 +24,8 @@ from scanax.models import LM, LMConfig
 from support import untrained
 from support.compare import close
 
+pytestmark = pytest.mark.core
+
 GREEDY, DRAWN = Choice(0.0), Choice(0.9, 40, 0.95)
 N, ROOM, CHUNK = 6, 40, 2
 PROMPTS = [np.arange(1, 7), np.array([9, 8]), np.array([3, 250, 3, 7])]

@@ -19,6 +19,8 @@ from scanax.experiments.optimizer import OptimizerConfig, learning_rate
 from scanax.experiments.tasks.lm import LMTask
 from support.runs import STREAM, args
 
+pytestmark = pytest.mark.core
+
 
 def arrays(run, step):
     """Every array of a checkpoint, by name."""

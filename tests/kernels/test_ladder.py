@@ -10,6 +10,8 @@ from support.ladder import BARS, BY_NAME, check, problem, resets, with_gradients
 from support.mixers import BATCH, CASES, MIXERS
 from support.targets import tracing
 
+pytestmark = pytest.mark.core
+
 TIME = 131  # prime, so that no chunk divides it
 LAWS = [
     (mixer.name, i, dtype)

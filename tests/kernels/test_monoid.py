@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scanax.kernels import monoid
 from scanax.kernels.monoid import DECAY, SOFTMAX, Monoid, resettable
+from scanax.kernels.prefixes import prefixes
 from support.compare import close
 
 LOGS = np.array([0.0, -1e-4, -1.0, -30.0, -200.0, -1e30, -np.inf])  # decay 1 down to exactly 0
@@ -157,3 +158,53 @@ def test_decay_of_log_minus_infinity_is_zero():
     )
     np.testing.assert_array_equal(log, -np.inf)
     np.testing.assert_array_equal(state, 1.0)
+
+
+@pytest.mark.parametrize("name", ["vector decay", "softmax"])
+def test_prefixes_are_the_scan_with_documents_and_a_state(name):
+    """Rows, chunks that divide nothing, resets, an initial state; values and all gradients."""
+    case, batch, time = CASES[name], 2, 37
+    rows = [elements(case, time + 1, seed) for seed in range(batch)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    noise = np.random.default_rng(3)  # of equal maxima each tree finds another gradient
+    both = jax.tree.map(lambda x: jnp.maximum(x, -200.0) + noise.uniform(-0.1, 0, x.shape), both)
+    x, state = jax.tree.map(lambda x: x[:, 1:], both), jax.tree.map(lambda x: x[:, 0], both)
+    reset = jnp.asarray(np.random.default_rng(2).random((batch, time)) < 0.1)
+
+    def meaning(x, state):
+        def row(x, state, reset):
+            rule = resettable(case.monoid)
+            y = monoid.scan(rule, (reset, x), (jnp.zeros((), bool), state))[1]
+            return y, jax.tree.map(lambda y: y[-1], y)
+
+        return jax.vmap(row)(x, state, reset)
+
+    def ours(chunk):
+        return lambda x, state: prefixes(case.monoid, x, state=state, reset=reset, chunk=chunk)
+
+    answer, pull = jax.vjp(meaning, x, state)
+    for chunk in (None, 1, 8):
+        found, back = jax.vjp(ours(chunk), x, state)
+        close(found, answer, 1e-12)
+        close(back(answer), pull(answer), 1e-10)
+    y, last = prefixes(case.monoid, x)  # neither documents nor a state
+    none = case.monoid.identity(jax.tree.map(lambda x: x[0, 0], x))
+    first = jax.tree.map(lambda x: x[0], x)
+    close(jax.tree.map(lambda y: y[0], y), monoid.scan(case.monoid, first, none), 1e-12)
+    close(last, jax.tree.map(lambda y: y[:, -1], y), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"elements": (np.zeros((2, 5)), np.zeros((2, 4, 3)))}, "all must begin with one"),
+        ({"elements": np.zeros((2, 0, 3))}, "hold no token; at least one"),
+        ({"state": np.zeros((2, 4))}, r"state has shapes \(2, 4\), not \(2, 3\)"),
+        ({"reset": np.zeros((2, 4), bool)}, r"reset has shape \(2, 4\), not \(2, 5\)"),
+        ({"chunk": 0}, "chunk=0; it must be at least 1"),
+    ],
+)
+def test_prefixes_that_cannot_be_are_named(change, says, unchecked):
+    given = {"elements": np.zeros((2, 5, 3)), **change}
+    with pytest.raises(ValueError, match=says):
+        prefixes(monoid.COUNT, **given)

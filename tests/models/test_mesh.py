@@ -118,8 +118,8 @@ def test_every_state_has_its_place():
     assert named["aaren"] == {"m": heads, "u": heads, "w": heads}
     assert named["attention"]["k"] == named["attention"]["v"] == (None, "seq")
     assert named["retention"] == {"S": heads, "position": ()} | windows
-    with pytest.raises(ValueError, match=r"no rule says where .* other lies"):
-        state_shardings(({"other": state[0]["S"]},), mesh.make())
+    (own,) = state_shardings(((state[0]["S"], {"other": state[0]["S"]}),), mesh.make())
+    assert [place.spec for place in jax.tree.leaves(own)] == 2 * [jax.P(mesh.ROWS)]
 
 
 def test_every_option_has_its_place():

@@ -19,6 +19,8 @@ from support.parity import (
     values_first,
 )
 
+pytestmark = pytest.mark.core
+
 RECORDED = {
     "fla_gla": Recorded(values_first, bar=5e-6),
     "fla_retnet": Recorded(recurrent, bar=5e-6, padded_bar=1e-5),

@@ -12,6 +12,8 @@ from scanax.sharding import expert
 from support.compare import close
 from support.parity import CASES
 
+pytestmark = pytest.mark.core
+
 NAMES = {
     "up": "experts.batched_fc1_w",
     "down": "experts.batched_fc2_w",

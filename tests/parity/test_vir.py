@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 from scanax.layers import MLPConfig, VirConfig
@@ -15,6 +16,8 @@ from scanax.models import ResidualConfig, Vision, VisionConfig, by_layer, from_l
 from scanax.models.vision import patches
 from support.compare import close
 from support.parity import CASES
+
+pytestmark = pytest.mark.core
 
 FOLDER = CASES / "vir_unofficial"
 THEIRS = json.loads((FOLDER / "config.json").read_text())

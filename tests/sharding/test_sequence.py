@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scanax.kernels.dispatch import record
 from scanax.kernels.monoid import DECAY, SOFTMAX, resettable, scan
-from scanax.sharding import mesh, sequence
+from scanax.sharding import mesh, ops, sequence
 from support.compare import close
 from support.ladder import BY_NAME, check, problem, with_gradients
 from support.targets import tracing
@@ -81,3 +81,32 @@ def test_across_is_the_exclusive_prefix(method, devices):
         before = jax.tree.map(lambda n, x: jnp.concatenate([n[None], x[:-1]]), none, upto)
         close(ours[1], before[1], 1e-6)
         np.testing.assert_array_equal(ours[0], before[0])
+
+
+@pytest.mark.parametrize("over", MESHES)
+def test_prefixes_of_any_monoid_over_a_mesh(over):
+    """With documents, one of which begins on a device's first token, and a state; and gradients."""
+    rng = np.random.default_rng(8)
+    batch, time, heads = 2, 16, 2
+    reset = jnp.asarray(rng.random((batch, time)) < 0.1).at[1, 8].set(True)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    for monoid, element in (
+        (DECAY, lambda *at: (-jnp.abs(draw(*at)), draw(*at, 3))),
+        (SOFTMAX, lambda *at: (draw(*at), 1 + jnp.abs(draw(*at)), draw(*at, 3))),
+    ):
+        x, state = element(batch, time, heads), element(batch, heads)
+
+        def both(x, state, monoid=monoid):
+            y, pull = jax.vjp(lambda x, s: ops.prefixes(monoid, x, state=s, reset=reset), x, state)
+            return y, pull(y)
+
+        alone = jax.jit(both)(x, state)
+        with jax.set_mesh(mesh.make(over)):
+            close(jax.jit(both)(x, state), alone, 1e-5)
+        one = jax.tree.map(lambda x: x[:, :1], x)
+        with jax.set_mesh(mesh.make(over)):
+            found = jax.jit(lambda x, s, m=monoid: ops.prefixes(m, x, state=s))(one, state)
+        close(found, ops.prefixes(monoid, one, state=state), 1e-6)
