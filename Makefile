@@ -26,7 +26,8 @@ LINE = $(shell $(BIN)/python -c 'import sys; print("py311" if sys.version_info <
 install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable \
 	'.[$(1)$(if $(EXTRA),$(comma)$(EXTRA))]' --constraint constraints/$(LINE).txt
 
-.PHONY: help train test test-x64 test-parity test-eval test-tpu-aot lint types format constraints clean same-python
+.PHONY: help train test test-x64 test-core test-readme test-parity test-eval test-tpu-aot docs lint types format \
+	constraints clean same-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,13 @@ test-x64: $(FOR_DEV)  ## the laws of kernels and layers with x64 on, where a str
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		tests/kernels tests/layers -k "not float64 and not hopper and not interpreters" $(ARGS)
 
+# Without kernels for TPUs, interpreted: jax 0.12's XLA takes one of them more than ten minutes to compile.
+test-core: $(FOR_DEV)  ## ladder, parity, checkpoints and command line: what another JAX would break
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m core -k "not pallas" $(ARGS)
+
+test-readme: $(FOR_DEV)  ## the README's commands as printed, in a fresh clone with a fresh environment
+	$(BIN)/python -m pytest tests/extras/test_readme.py $(ARGS)
+
 test-parity: $(FOR_PARITY)  ## models drawn at random against transformers, in torch on the CPU
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope tests/extras/test_transformers.py $(ARGS)
 
@@ -52,6 +60,9 @@ test-eval: $(FOR_EVAL)  ## lm-evaluation-harness over our models
 
 test-tpu-aot: $(FOR_TPU_AOT)  ## every kernel through the TPU's own compiler, without a TPU
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_aot tests/kernels/test_tpu_aot.py $(ARGS)
+
+docs: $(FOR_DEV)  ## these pages, the notebooks and the docstrings as a site in build/docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
 lint: $(FOR_DEV)  ## ruff
 	$(BIN)/ruff check .
@@ -117,5 +128,6 @@ same-python: $(BIN)/python
 ifneq ($(origin PYTHON),file)
 	@show='import sys; print("%d.%d" % sys.version_info[:2])'; \
 	if [ "$$($(PYTHON) -c "$$show")" != "$$($(BIN)/python -c "$$show")" ]; then \
-		echo "$(VENV) was made with another Python; type: make clean, then the same again"; exit 1; fi
+		echo "$(VENV) was made with another Python; type: make clean VENV=$(VENV), then the same again"; \
+		exit 1; fi
 endif
