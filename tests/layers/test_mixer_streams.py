@@ -49,8 +49,9 @@ def case(request):
 def test_every_mixer_obeys(law, case):
     pairs = list(laws.LAWS[law](case))
     assert pairs
+    bar = 1e-6 if law == "not finite stays" else laws.BAR  # there the same numbers are met twice
     for actual, desired in pairs:
-        close(actual, desired, 1e-5)
+        close(actual, desired, bar)
 
 
 @pytest.mark.parametrize("name", MIXERS)
