@@ -1,4 +1,7 @@
-"""Write the exact versions that the ranges of pyproject.toml allow today, for this Python."""
+"""Write the exact versions that the ranges of pyproject.toml allow today, for this Python.
+
+Every release of the line takes them: some packages ask for one of its later bug fixes.
+"""
 
 import json
 import subprocess
@@ -8,9 +11,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EXTRAS = "dev,cuda,tpu"
 
+python = f"{sys.version_info.major}.{sys.version_info.minor}.0"
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+# pip resolves for another Python only with built packages and a target, which a dry run leaves be.
+pip += ["--python-version", python, "--only-binary=:all:", "--target", str(HERE / "unused")]
+pip += ["--report", "-"]
 report = subprocess.run(
-    [*pip, "--report", "-", f"{HERE.parent}[{EXTRAS}]"], check=True, capture_output=True, text=True
+    [*pip, f"{HERE.parent}[{EXTRAS}]"], check=True, capture_output=True, text=True
 )
 found = [item["metadata"] for item in json.loads(report.stdout)["install"]]
 lines = [f"{m['name']}=={m['version']}\n" for m in found if m["name"] != "scanax"]
