@@ -159,8 +159,8 @@ def test_non_finite_numbers_reach_what_may_see_them(implementation):
     q, k, v = (np.asarray(x, np.float32) for x in draw(rng))
     dy = np.asarray(rng.normal(size=(B, T, H, V)), np.float32)
     none = np.zeros((B, T, H), np.float32)
-    with tracing(implementation):
-        clean = cached(implementation)((q, k, v), (dy, none), *mask)
+    with tracing(implementation):  # of copies: JAX may still read them when the lines below write
+        clean = cached(implementation)((q.copy(), k.copy(), v.copy()), (dy.copy(), none), *mask)
     bad_key, bad_query = np.zeros((B, S), bool), np.zeros((B, T), bool)
     bad_key[0, [3, 20, 40]] = bad_query[1, [5, 30]] = True
     k[0, 3, :, 2], v[0, 20, :, 1], k[0, 40] = np.nan, np.inf, -np.inf
