@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EXTRAS = "dev,cuda,tpu"
 
-python = f"{sys.version_info.major}.{sys.version_info.minor}.0"
+line, python = ("py311", "3.11.0") if sys.version_info < (3, 12) else ("py312", "3.12.0")
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
 # pip resolves for another Python only with built packages and a target, which a dry run leaves be.
 pip += ["--python-version", python, "--only-binary=:all:", "--target", str(HERE / "unused")]
@@ -21,6 +21,5 @@ report = subprocess.run(
 )
 found = [item["metadata"] for item in json.loads(report.stdout)["install"]]
 lines = [f"{m['name']}=={m['version']}\n" for m in found if m["name"] != "scanax"]
-line = "py311" if sys.version_info < (3, 12) else "py312"
 text = f"# scanax[{EXTRAS}]; `make constraints` writes this file\n"
 (HERE / f"{line}.txt").write_text(text + "".join(sorted(lines, key=str.lower)))

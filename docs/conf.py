@@ -16,7 +16,6 @@ html_title = f"scanax {release}"
 html_copy_source = False
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"  # what the notebooks show is what is stored in them
 
 default_role = "code"  # docstrings write code in single backticks

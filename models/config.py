@@ -125,7 +125,10 @@ class BackboneConfig:
         kinds = parse(self.pattern, self.depth)
         for kind in kinds:
             if kind.mixer in FRAMES and self.frame is None:
-                raise ValueError(f"pattern {self.pattern!r}: {kind.mixer} is for frames of a video")
+                raise ValueError(
+                    f"pattern {self.pattern!r}: {kind.mixer} is for frames of a video, "
+                    "as a models.VideoConfig or --preset video-bouncing has them"
+                )
         used = {"attention" if kind.mixer == "attention" else "linear" for kind in kinds}
         used |= {"mlp" for kind in kinds if kind.mlp != "none"}
         for name in {"linear", "attention", "mlp"} - used:

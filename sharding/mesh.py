@@ -39,7 +39,7 @@ def parse(text: str) -> dict[str, int]:
         if not (number.isascii() and number.isdigit() and int(number) > 0):
             raise ValueError(f"mesh {text!r}: {part!r} is not a number of devices, at least 1")
         if axis in given:
-            raise ValueError(f"mesh {text!r}: {axis} is given twice")
+            raise ValueError(f"mesh {text!r}: {axis} is given twice; name each axis once")
         given.add(axis)
         sizes[axis] = int(number)
     return sizes
@@ -51,7 +51,8 @@ def make(text: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     given, devices = devices is not None, list(found() if devices is None else devices)
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
-        advice = "" if given else f"; --emulate-devices {wanted} makes them of a CPU"
+        how = f"--emulate-devices {wanted}, in Python sharding.mesh.emulate({wanted})"
+        advice = "" if given else f"; {how}, makes them of a CPU"
         raise ValueError(
             f"mesh {text!r} has {wanted} devices, and there are {len(devices)}{advice}"
         )

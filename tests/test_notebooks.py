@@ -43,11 +43,17 @@ def said(book, *kinds):
     return "\n".join(texts + [each["text/plain"] for each in data])
 
 
+def sound(book):
+    """The rows of tables of checks, by name."""
+    return [row[:26].rstrip() for row in said(book, "stdout").split("\n") if row.endswith(" ok")]
+
+
 def files():
     """What lies beside the notebooks, and at the top of the repository."""
     return {path for folder in (ROOT, ROOT / "notebooks") for path in folder.iterdir()}
 
 
+@pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_leaves_nothing_behind(path, tmp_path, monkeypatch):
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
@@ -61,6 +67,7 @@ def test_it_runs_and_leaves_nothing_behind(path, tmp_path, monkeypatch):
         book, kernel_manager_class=Kernel, timeout=SECONDS, startup_timeout=SECONDS, resources=where
     ).execute()
     assert files() <= before
+    assert sound(book) == sound(read(path))
     assert "Warning" not in said(book, "stderr")
 
 

@@ -94,7 +94,7 @@ def test_script_explains_itself_and_hides_no_library(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *TESTS], ids=name_of)
+@pytest.mark.parametrize("path", [*LIBRARY, ROOT / "selftest.py", *TESTS], ids=name_of)
 def test_file_is_short_and_clean(path):
     text = path.read_text()
     assert text.count("\n") <= 400
@@ -128,4 +128,5 @@ def test_the_readme_names_every_paper():
     cited = {n for path in LIBRARY for n in re.findall(r"arXiv:(\d{4}\.\d{5})", path.read_text())}
     named = set(re.findall(r"\b\d{4}\.\d{5}\b", (ROOT / "README.md").read_text()))
     assert len(cited) > 40
-    assert cited - named == set()
+    mine = {"2410.01201"}  # minGRU, of which docs/adding-a-mixer.md makes a mixer
+    assert named == cited | mine

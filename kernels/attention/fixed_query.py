@@ -70,8 +70,9 @@ def check(q, k, v, state, reset, chunk):
     """Raise a ValueError that names the first shape that does not fit."""
     checks.floats(q=(q, (2,)), k=(k, (4,)), v=(v, (4,)))
     if state is not None and not (isinstance(state, tuple | list) and len(state) == 3):
+        of = f" of {len(state)}" if isinstance(state, tuple | list) else ""
         raise ValueError(
-            f"state is a {type(state).__name__}; it must be a tuple of three, (m, u, w)"
+            f"state is a {type(state).__name__}{of}; it must be a tuple of three, (m, u, w)"
         )
     for name, x in zip("muw", state or (), strict=False):
         checks.floats(**{f"state's {name}": (x, (x.ndim,))})  # its shapes are named together

@@ -150,7 +150,7 @@ BAD = {
     "--wandb x": "scanax\\[wandb\\]",
     "--mesh data=2,time=4": "'time=4' is not AXIS=N.*seq, tensor",
     "--mesh seq=0": "'seq=0' is not a number of devices",
-    "--mesh data=16": "has 16 devices, and there are 8; --emulate-devices 16",
+    "--mesh data=16": "has 16 devices, and there are 8; --emulate-devices 16, in Python",
     "--mesh seq=5": "length=12 does not divide over seq=5 devices; 10 or 15 would",
     "--mesh data=4 --accumulate 4": "rows=1 does not divide over data=4 devices; 4 would",
     "--mesh data=4 --accumulate 2 --stream-state": "rows=2 does not divide over data=4 devices",

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 ADDRESS = "git clone https://github.com/scanax/scanax"
 OURS = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # no stranger has these
 OURS += ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC", "SCANAX_TILES")
-SUITE = "make test"  # this is part of it
+SUITE = "make test"  # left out: it is a step of its own of `.ci/run`
 FEW_STEPS = {"make train": 'make train ARGS="--steps 20 --final-batches 2"'}
 
 

@@ -1,8 +1,13 @@
 """The notation of patterns, and the errors of a wrong one."""
 
 import pytest
+from scanax.models import block
 from scanax.models.config import LMConfig
-from scanax.models.pattern import Kind, parse
+from scanax.models.pattern import FRAMES, MIXERS, Kind, parse
+
+
+def test_every_name_has_its_class():
+    assert (*block.MIXERS, *block.FRAMES) == MIXERS + FRAMES
 
 
 @pytest.mark.parametrize(
