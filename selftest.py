@@ -6,8 +6,8 @@ python -m scanax.selftest --mixer gla                 # the laws of one mixer, i
 python -m scanax.selftest --mixer my_file:MyMixer     # of your own, too
 
 A minute or two. Each line is one implementation of one operation on one kind of device: the
-relative errors of its values and gradients against the token recurrence in float64, or why it does not run
-here. On a CPU the kernels for TPUs also run interpreted, and with several devices each
+relative errors of its values and gradients against the token recurrence in float64, or why it does
+not run here. On a CPU the kernels for TPUs also run interpreted, and with several devices each
 operation runs once with its sequence spread over all of them. Exit status 1 if an error is over its
 bar: 1e-5 for values and 1e-4 for gradients in float32; in bfloat16, in root mean square, 0.005 and
 0.006.
@@ -268,7 +268,9 @@ def mixer(name: str) -> int:
     trial = laws.Trial(build, width)
     over = {8: "data=2,seq=2,tensor=2", 4: "seq=2,tensor=2", 2: "seq=2"}
     devices = max((n for n in over if n <= len(jax.devices())), default=0)
-    every = {law: functools.partial(run, trial) for law, run in laws.LAWS.items()}
+    every: dict[str, Callable[[], laws.Pairs]] = {
+        law: functools.partial(run, trial) for law, run in laws.LAWS.items()
+    }
     low = laws.Trial(build, width, jnp.bfloat16)
     every["state is a carry, bfloat16"] = lambda: laws.state_is_a_carry(low)
     if devices:
@@ -299,7 +301,7 @@ def mixer(name: str) -> int:
 
 def main(args: list[str] | None = None) -> int:
     """0: all within their bars. 1: not. 2: something given is wrong."""
-    about = __doc__.partition("\n")[0]
+    about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(
         "selftest", description=about, exit_on_error=False, allow_abbrev=False
     )
