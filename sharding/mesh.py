@@ -70,8 +70,9 @@ def found() -> list[Any]:
     """JAX's devices. ValueError if the platforms that are asked for are not there."""
     try:
         return jax.devices()
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (RuntimeError, AssertionError) as error:  # an assertion without a word: no plugin
+        asked = f"none of the platforms {jax.config.jax_platforms} is there"
+        reason = str(error).strip().partition("\n")[0] or asked
         raise ValueError(f"JAX has no devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from None
 
 

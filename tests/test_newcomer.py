@@ -171,9 +171,7 @@ def run(command, words):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_says_in_a_line_what_is_wrong(
-    line, here, tmp_path, capsys, monkeypatch, unchecked
-):
+def test_a_command_says_what_is_wrong(line, here, tmp_path, capsys, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # nothing is asked of a network
     before = sorted(here.rglob("*"))
@@ -373,7 +371,7 @@ def is_said(call, kind, parts):
 
 
 @pytest.mark.parametrize("says", CALLS)
-def test_a_call_says_in_a_line_what_is_wrong(says, tmp_path, monkeypatch, unchecked):
+def test_a_call_says_what_is_wrong(says, tmp_path, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
     is_said(CALLS[says], ValueError, says.split("; "))
     assert not os.listdir(tmp_path)

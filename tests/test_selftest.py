@@ -51,6 +51,34 @@ def test_an_unknown_operation_is_named(capsys):
     assert "selftest: --only gla: part of none of linear_attention" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("args", [[], ["--mixer", "gla"]], ids=["operations", "a mixer"])
+@pytest.mark.parametrize("error", [RuntimeError("no 'tpu'\nmore"), AssertionError()], ids=type)
+def test_a_platform_that_is_not_there_is_said(args, error, capsys, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    assert selftest.main(args) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.startswith("selftest: JAX has no devices: ")
+    assert said.err.count("\n") == 1 and "JAX_PLATFORMS=cpu" in said.err
+
+
+def test_a_cpu_that_is_hidden_is_said(capsys, monkeypatch):
+    found = jax.devices()
+
+    def devices(platform=None):
+        if platform == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return found
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert selftest.main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "selftest: the answers are computed on the CPU" in said.err
+    assert said.err.count("\n") == 1 and ",cpu" in said.err
+
+
 @pytest.mark.parametrize("name", selftest.IMPLEMENTATIONS)
 def test_every_operation_has_a_case(name):
     assert name in {op for _, op, _, _ in selftest.cases()}
