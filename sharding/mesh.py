@@ -71,7 +71,7 @@ def found() -> list[Any]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion without a word: no plugin
-        asked = f"none of the platforms {jax.config.jax_platforms} is there"
+        asked = f"none of the platforms {jax.config.values['jax_platforms']} is there"
         reason = str(error).strip().partition("\n")[0] or asked
         raise ValueError(f"JAX has no devices: {reason}; JAX_PLATFORMS=cpu takes the CPU") from None
 
