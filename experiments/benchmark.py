@@ -13,7 +13,8 @@ theirs; without any of them all is. Figures are medians of runs that take turns,
 that slows down slows all, ± half of what the middle half of them differ by. "both" is forward and
 backward, "over ours" times as long as ours. Bounds of operations are the least time that their
 bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
-measured of it in float32.
+measured of it in float32. Those of models are ours, by rates measured in the same rounds; what
+another library takes over our bound is how many times as quick as it ours could be at most.
 
 Like all commands here it asks for large pages, which quicken other libraries too; what they take by
 themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command.
@@ -270,8 +271,7 @@ def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Ro
         for name in config.models or whole_models.NAMES:
             what = f"{name}, {rows} rows"
             size = rows, config.tokens
-            more = device, rounds(what), config.peers
-            call = functools.partial(models.decode, name, *size, *more)
+            call = functools.partial(models.decode, name, *size, rounds(what), config.peers)
             yield "decode", fitting(f"{name} B={rows}", call)
     tokens = config.lengths or ()
     for op in [op for op in config.ops or lengths.OPS if op in lengths.OPS] if tokens else ():

@@ -12,6 +12,7 @@ from . import timing
 
 T = TypeVar("T")
 PRODUCT = 2 * 1024**3  # operations of a product whose rate counts as the device's
+READ = 1 << 27  # bytes of a matrix that is read, more than most CPUs' caches hold
 
 
 class Device(NamedTuple):
@@ -70,6 +71,13 @@ def product() -> Callable[[], float]:
     x = jnp.ones((1024, 1024), jnp.float32)
     multiply = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
     return lambda: timing.seconds(lambda: multiply(x))
+
+
+def reading() -> Callable[[], float]:
+    """What says the seconds of reading READ bytes: of a matrix's product with a vector."""
+    w, x = jnp.ones((READ // 4096, 1024), jnp.float32), jnp.ones(1024, jnp.float32)
+    multiply = jax.jit(lambda w, x: jnp.matmul(w, x, precision="highest"))
+    return lambda: timing.seconds(lambda: multiply(w, x))
 
 
 def least(device: Device, flops: int, arguments: Any, outputs: Any) -> tuple[float, float]:

@@ -111,10 +111,11 @@ class Backbone(nnx.Module):
         return x, after, aux
 
     def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
-        """Scan over the layers of one run; of a single token after a state one after the other, for
-        a scan would copy each layer's state into its place and back."""
+        """Scan over the layers of one run; unrolled where they are few, and for one token after a
+        state: a loop copies what each layer keeps, and its state, into their places and out."""
         length = jax.tree.leaves(block)[0].shape[0]
-        unrolled = length == 1 or (state is not None and x.shape[1] == 1)
+        few = length <= (self.config.unroll if self.config.remat == "none" else 1)
+        unrolled = few or (state is not None and x.shape[1] == 1)
 
         def body(x, layer):
             (variables, key), state = layer
@@ -124,15 +125,9 @@ class Backbone(nnx.Module):
             return mesh.constrain(x, mesh.ROWS, matmul.stream(x)), (state, aux)
 
         if self.config.remat != "none" and self.config.pipeline == (1, 1):
-            # the scan already keeps the recomputation from being merged with the first one
+            # a loop already keeps the recomputation from being merged with the first one
             body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=unrolled)
-        if unrolled:
-            rest = []
-            for i in range(length):
-                x, one = body(x, _layer((block, state), i))
-                rest.append(one)
-            return x, *_stack(rest)
-        x, (after, aux) = jax.lax.scan(body, x, (block, state))
+        x, (after, aux) = jax.lax.scan(body, x, (block, state), unroll=unrolled)
         return x, after, aux
 
 

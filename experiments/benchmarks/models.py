@@ -21,8 +21,9 @@ def train(
 ) -> Rows:
     """Logits of whole rows, and a training step: its gradients, AdamW, and what the trainer checks.
 
-    Bounds, of ours alone, are products of weights at the rate of a large one, and our mixers'
-    operations as they take alone, both measured in the same rounds.
+    The bound is ours: products of weights at the rate of a large one, and our mixers' operations as
+    they take alone, both measured in the same rounds. What another library takes over it is how
+    many times as quick as that one ours could be at most.
     """
     config = whole_models.config(name)
     found, table = _made(
@@ -47,10 +48,7 @@ def train(
     for label, model in found.items():
         row: Row = {"parameters": model.about.get("parameters")}
         for way, bound in zip(("forward", "step"), least, strict=True):
-            row |= _timed(times[label, way], times[name, way], f"{way}_ms")
-            if label == name:
-                over = statistics.median(times[label, way]) / (1e3 * bound)
-                row |= {f"{way}_bound_ms": 1e3 * bound, f"{way}_over_bound": over}
+            row |= _timed(times[label, way], times[name, way], 1e3 * bound, f"{way}_ms")
         row |= {"step_mixers_ms": alone[1]} if label == name else {}
         row |= {"peak_mb": peak(model.step, model.wait)}
         table[label] = row | model.about
@@ -61,13 +59,13 @@ def decode(
     name: str,
     rows: int,
     tokens: int,
-    device: bounds.Device,
     rounds: Iterable[int],
     libraries: tuple[str, ...],
 ) -> Rows:
     """Greedy decoding of `tokens` tokens, of so many rows at once, after one token each.
 
-    The bound is that of the bytes of weights and states.
+    The bound is that of the bytes of weights and states, at the rate at which a large matrix is
+    read in the same rounds.
     """
     config, label = whole_models.config(name), f"{name} B={rows}"
     found, table = _made(
@@ -76,16 +74,17 @@ def decode(
         functools.partial(model_peers.decoding, name=name, rows=rows, tokens=tokens),
         libraries,
     )
-    calls = {each: functools.partial(timing.seconds, made.decode) for each, made in found.items()}
-    times = {
-        each: [t / tokens for t in spent] for each, spent in timing.turns(calls, rounds).items()
+    calls: dict[Any, Callable[[], float]] = {
+        each: functools.partial(timing.seconds, made.decode) for each, made in found.items()
     }
+    calls["reading"] = bounds.reading()
+    times = timing.turns(calls, rounds)
+    milliseconds = statistics.median(times.pop("reading"))
+    bound = milliseconds * whole_models.moved(config, rows, tokens) / bounds.READ
+    times = {each: [t / tokens for t in spent] for each, spent in times.items()}
     for each, made in found.items():
-        table[each] = _timed(times[each], times[label], "token_ms")
-        table[each] |= {
-            "token_bound_ms": 1e3 * whole_models.moved(config, rows, tokens) / device.memory,
-            "tokens_per_s": 1e3 * rows / statistics.median(times[each]),
-        }
+        table[each] = _timed(times[each], times[label], bound, "token_ms")
+        table[each] |= {"tokens_per_s": 1e3 * rows / statistics.median(times[each])}
         table[each] |= made.about
     return table
 
@@ -107,10 +106,13 @@ def _made(
     return found, rows
 
 
-def _timed(spent: list[float], ours: list[float], column: str) -> Row:
-    median = statistics.median(spent)
+def _timed(spent: list[float], ours: list[float], bound: float, column: str) -> Row:
+    """Milliseconds of one way that a model is used, over ours, and over our bound."""
+    median, name = statistics.median(spent), column.removesuffix("_ms")
     return {
         column: median,
         f"{column}_spread": timing.spread(spent),
-        f"{column.removesuffix('_ms')}_over_ours": median / statistics.median(ours),
+        f"{name}_over_ours": median / statistics.median(ours),
+        f"{name}_bound_ms": bound,
+        f"{name}_over_bound": median / bound,
     }

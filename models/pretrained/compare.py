@@ -12,7 +12,7 @@ OTHERWISE = frozenset(
     """
     init_std scale_residual ratio multiple_of capacity priority jitter temperature bias_rate
     balance pooled z dt_min dt_max dt_floor A_range vocab_multiple residual_float32 dtype
-    param_dtype pipeline stacked remat loss_chunk pattern
+    param_dtype pipeline stacked unroll remat loss_chunk pattern
     """.split()  # noqa: SIM905
 )
 

@@ -182,7 +182,9 @@ def test_rows_of_models(tmp_path, monkeypatch):
         step["step_ms"] > 0 and step["step_over_bound"] == step["step_ms"] / step["step_bound_ms"]
     )
     assert step["step_bound_ms"] > step["step_mixers_ms"] > 0 and step["temporaries_mb"] > 0
-    assert found["decode"]["gla B=2"]["tokens_per_s"] > 0
+    token = found["decode"]["gla B=2"]
+    assert token["tokens_per_s"] == pytest.approx(2e3 / token["token_ms"])
+    assert token["token_over_bound"] == token["token_ms"] / token["token_bound_ms"] > 0
     for name in ("models", "decode"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -351,6 +353,7 @@ def test_this_machine_is_measured(monkeypatch):
     monkeypatch.undo()
     device, whose = bounds.here()
     assert min(device) > 1e6 and whose == "measured, float32"
+    assert bounds.READ / bounds.reading()() > 1e6
 
 
 def test_outputs_and_gradients_of_half_the_sum_of_squares():
