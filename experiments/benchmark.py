@@ -13,8 +13,8 @@ theirs; without any of them all is. Figures are medians of runs that take turns,
 that slows down slows all, ± half of what the middle half of them differ by. "both" is forward and
 backward, "over ours" times as long as ours. Bounds of operations are the least time that their
 bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
-measured of it in float32. Those of models are ours, by rates measured in the same rounds; what
-another library takes over our bound is how many times as quick as it ours could be at most.
+measured of it in float32. Those of models are of ours, by rates measured in the same rounds:
+another library's time over that bound is how many times as quick as it ours can be at most.
 
 Like all commands here it asks for large pages, which quicken other libraries too; what they take by
 themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command.
@@ -292,7 +292,7 @@ def fitting(name: str, call: Callable[[], Rows]) -> Rows:
 def introduction(about: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{name} {value}" for name, value in about["sizes"].items())
     where = f"{about['machine']}, {about['memory']}, {about['date']}"
-    return [f"{where}; {sizes}.", f"Bounds: {about['bounds']}."]
+    return [f"{where}; {sizes}.", f"Bounds of operations: {about['bounds']}."]
 
 
 def text(about: dict[str, Any], found: dict[str, Rows], old: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from .tasks.lm import LMTask
 
 ENDS = ("steps", "minutes")
 SIZES = PRESETS | VISION_PRESETS | VIDEO_PRESETS
-COMPUTED = ("dtype", "param_dtype", "remat", "loss_chunk", "vocab_multiple")
+COMPUTED = ("dtype", "param_dtype", "unroll", "remat", "loss_chunk", "vocab_multiple")
 
 
 def train(args: list[str]) -> TrainConfig:

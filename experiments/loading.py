@@ -90,7 +90,7 @@ def load(
     weights and of what is computed with them; None: float32. tokenizer: a tokenizer.json or
     `bytes`; None: what lies beside the weights. It is read straight onto a mesh (None: the first
     device): each device reads its part. kind: the task that it must be of. stacked: whether like
-    blocks are one scan, else they stand one by one, as decoding is quickest. Raises ValueError in
+    blocks are stacked, else they stand one by one, as decoding is quickest. Raises ValueError in
     one line for a directory that is neither, another task, a step it does not have, damaged files.
     """
     found = find(directory, step, dtype)

@@ -1,4 +1,4 @@
-"""The body of every network: blocks in runs of like ones, scanned, and the norm after them."""
+"""The body of every network: blocks in runs of like ones, and the norm after them."""
 
 from typing import Any
 
@@ -111,11 +111,11 @@ class Backbone(nnx.Module):
         return x, after, aux
 
     def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
-        """Scan over the layers of one run; unrolled where they are few, and for one token after a
-        state: a loop copies what each layer keeps, and its state, into their places and out."""
+        """The layers of one run: a scan, unrolled where they are few, for a loop copies what each
+        keeps for the backward pass into its place and out. A layer by itself and one token after a
+        state go without a scan, which a call outside of jit would compile again each time."""
         length = jax.tree.leaves(block)[0].shape[0]
-        few = length <= (self.config.unroll if self.config.remat == "none" else 1)
-        unrolled = few or (state is not None and x.shape[1] == 1)
+        alone = length == 1 or (state is not None and x.shape[1] == 1)
 
         def body(x, layer):
             (variables, key), state = layer
@@ -126,8 +126,18 @@ class Backbone(nnx.Module):
 
         if self.config.remat != "none" and self.config.pipeline == (1, 1):
             # a loop already keeps the recomputation from being merged with the first one
-            body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=unrolled)
-        x, (after, aux) = jax.lax.scan(body, x, (block, state), unroll=unrolled)
+            body = jax.checkpoint(body, policy=POLICIES[self.config.remat], prevent_cse=alone)
+        if alone:
+            rest = []
+            for i in range(length):
+                x, one = body(x, _layer((block, state), i))
+                rest.append(one)
+            return x, *_stack(rest)
+        # With remat there is little to copy, and on a mesh a loop has the weights of one layer
+        # gathered at a time: unrolled both would take more memory.
+        copies = self.config.remat == "none" and mesh.size(*mesh.AXES) == 1
+        few = copies and length <= self.config.unroll
+        x, (after, aux) = jax.lax.scan(body, x, (block, state), unroll=few)
         return x, after, aux
 
 

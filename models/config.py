@@ -72,12 +72,11 @@ class BackboneConfig:
     """Stages, and parts of the model in each, that the blocks are stacked for; no flag, for it
     follows from --mesh and --schedule.rounds."""
     stacked: Annotated[bool, tyro.conf.Suppress] = True
-    """Whether like blocks in a row are one scan over their stacked variables; no flag: one by one
-    they take as long to compile as they are many, and no copies of weights while a token is
-    decoded."""
+    """Whether like blocks in a row have their variables stacked; no flag: one by one they take as
+    long to compile as they are many, and no weights are copied while a token is decoded."""
     unroll: int = 8
-    """Up to so many like blocks in a row, without remat, are compiled one after the other: a sixth
-    quicker on a CPU, in less memory. More are one scan, which takes as long to compile as one."""
+    """Up to so many like blocks in a row are compiled one after the other, which is quicker, on one
+    device and without remat. Else, and more of them, are a loop, compiled as long as one block."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only (full), or results of products
     of weights and of kernels (dots), less memory and little that is computed again."""

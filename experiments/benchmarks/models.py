@@ -21,9 +21,8 @@ def train(
 ) -> Rows:
     """Logits of whole rows, and a training step: its gradients, AdamW, and what the trainer checks.
 
-    The bound is ours: products of weights at the rate of a large one, and our mixers' operations as
-    they take alone, both measured in the same rounds. What another library takes over it is how
-    many times as quick as that one ours could be at most.
+    The bound, in all rows, is of ours: products of weights at the rate of a large one, and our
+    mixers' operations as they take alone, both measured in the same rounds.
     """
     config = whole_models.config(name)
     found, table = _made(

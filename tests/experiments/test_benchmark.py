@@ -34,6 +34,8 @@ SPREADS = {"forward_ms_spread", "both_ms_spread"}
 def a_device(monkeypatch):
     """Nothing is measured of this machine but where a test asks."""
     monkeypatch.setattr(bounds, "measured", lambda: bounds.Device(1e9, 1e9))
+    monkeypatch.setattr(bounds, "product", lambda: lambda: bounds.PRODUCT / 1e9)
+    monkeypatch.setattr(bounds, "reading", lambda: lambda: bounds.READ / 1e9)
 
 
 def tables(tmp_path, *flags):
@@ -93,7 +95,7 @@ def test_bfloat16_and_markdown(tmp_path, capsys):
     assert "batch 1, length 12, heads 2, width 8, dtype bfloat16, " in about
     assert title == "## Operations" and row.startswith("| aaren | xla |") and " ± " in row
     assert header.count("|") == rule.count("|") == row.count("|")
-    assert rates.startswith("Bounds: 1e+09 bytes and 1e+09 operations a second")
+    assert rates.startswith("Bounds of operations: 1e+09 bytes and 1e+09 operations a second")
     assert {about, header, rule, row, rates} < set(capsys.readouterr().out.splitlines())
 
 
@@ -181,10 +183,13 @@ def test_rows_of_models(tmp_path, monkeypatch):
     assert (
         step["step_ms"] > 0 and step["step_over_bound"] == step["step_ms"] / step["step_bound_ms"]
     )
-    assert step["step_bound_ms"] > step["step_mixers_ms"] > 0 and step["temporaries_mb"] > 0
+    products = 3 * 5 * whole_models.products(smaller("gla")) / 1e6  # milliseconds of five tokens
+    assert step["step_bound_ms"] == pytest.approx(products + step["step_mixers_ms"])
+    assert step["step_mixers_ms"] > 0 and step["temporaries_mb"] > 0
     token = found["decode"]["gla B=2"]
+    assert token["token_bound_ms"] == pytest.approx(whole_models.moved(smaller("gla"), 2, 3) / 1e6)
+    assert token["token_over_bound"] == token["token_ms"] / token["token_bound_ms"]
     assert token["tokens_per_s"] == pytest.approx(2e3 / token["token_ms"])
-    assert token["token_over_bound"] == token["token_ms"] / token["token_bound_ms"] > 0
     for name in ("models", "decode"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -353,7 +358,7 @@ def test_this_machine_is_measured(monkeypatch):
     monkeypatch.undo()
     device, whose = bounds.here()
     assert min(device) > 1e6 and whose == "measured, float32"
-    assert bounds.READ / bounds.reading()() > 1e6
+    assert min(bounds.PRODUCT / bounds.product()(), bounds.READ / bounds.reading()()) > 1e6
 
 
 def test_outputs_and_gradients_of_half_the_sum_of_squares():

@@ -37,8 +37,7 @@ ALL = LMConfig(
     attention=AttentionConfig(heads=4, kv_heads=2),
     loss_chunk=40,
 )
-SCANNED = {"pattern": "mamba*2,attention+swiglu", "unroll": 1}
-UNTIED = dataclasses.replace(ALL, depth=3, tie_head=False, **SCANNED)
+UNTIED = dataclasses.replace(ALL, depth=3, pattern="mamba*2,attention+swiglu", tie_head=False)
 NORMED = dataclasses.replace(
     ALL,
     depth=3,

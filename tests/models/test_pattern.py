@@ -49,6 +49,7 @@ def test_a_wrong_pattern_is_named(pattern, says):
     [
         ("depth", 0, "depth=0"),
         ("width", 0, "width=0"),
+        ("unroll", 0, "unroll=0"),
         ("vocab", 0, "vocab=0"),
         ("vocab_multiple", 0, "vocab_multiple=0"),
         ("loss_chunk", -1, "loss_chunk=-1"),

@@ -1,4 +1,4 @@
-"""Runs of identical blocks: stacked variables, scanned, equal to the blocks one after another."""
+"""Runs of identical blocks: stacked variables, equal to the blocks one after another."""
 
 import dataclasses
 import math
@@ -48,14 +48,15 @@ def test_parameters_are_drawn_alike_in_every_layer(mixer):
     assert draw(2) == draw(3)
 
 
-def test_a_run_is_its_blocks_one_after_another():
+@pytest.mark.parametrize("unroll", [1, 8])
+def test_a_run_is_its_blocks_one_after_another(unroll):
     """Lightning: the decays differ from layer to layer, so a wrong slice would be seen."""
-    config = dataclasses.replace(TINY, pattern="lightning+glu")
+    config = dataclasses.replace(TINY, pattern="lightning+glu", unroll=unroll)
     model = LM(config, rngs=nnx.Rngs(1))
     graphdef, params, rest = split(model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 11)), jnp.int32)
 
-    def unrolled(params, rest):
+    def each(params, rest):
         model = merge(graphdef, params, rest)
         x = model.embedding[...][tokens]
         for run, stacked in zip(runs(config), model.blocks, strict=True):
@@ -68,8 +69,8 @@ def test_a_run_is_its_blocks_one_after_another():
                 assert aux == {}
         return model.logits(model.norm(x))
 
-    scanned = jax.jit(lambda params, rest: merge(graphdef, params, rest)(tokens)[0])
-    close(scanned(params, rest), jax.jit(unrolled)(params, rest), 1e-6)
+    run = jax.jit(lambda params, rest: merge(graphdef, params, rest)(tokens)[0])
+    close(run(params, rest), jax.jit(each)(params, rest), 1e-6)
 
 
 def test_initialisation_is_jittable_and_differs_by_layer():
