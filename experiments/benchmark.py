@@ -5,7 +5,7 @@ python -m scanax.experiments.benchmark --ops gla mamba --repeats 9
 python -m scanax.experiments.benchmark --ops --dtype bfloat16 --implementations xla
 python -m scanax.experiments.benchmark --models mamba2 llama --decode 1 8
 python -m scanax.experiments.benchmark --lengths 8192 65536
-python -m scanax.experiments.benchmark --startup 4 16
+python -m scanax.experiments.benchmark --startup 4 8 16
 python -m scanax.experiments.benchmark --compare before/benchmark.json --out runs/after
 
 --ops, --models, --decode, --lengths and --startup choose what is measured, alone they mean all of
@@ -14,7 +14,8 @@ that slows down slows all, ± half of what the middle half of them differ by. "b
 backward, "over ours" times as long as ours. Bounds of operations are the least time that their
 bytes or their arithmetic take: by what is published of the device in bfloat16, else by what is
 measured of it in float32. Those of models are of ours, by rates measured in the same rounds:
-another library's time over that bound is how many times as quick as it ours can be at most.
+another library's time over that bound is how many times as quick as it ours can be at most, where
+weights come from memory.
 
 Like all commands here it asks for large pages, which quicken other libraries too; what they take by
 themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command.
@@ -73,7 +74,7 @@ TITLES = {
     "startup": "Start-up",
 }
 FILE = "benchmark.json"
-DEPTHS = (4, 16)
+DEPTHS = (4, 8, 16)
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 

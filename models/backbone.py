@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from ..kernels import checks, keep
@@ -112,8 +113,9 @@ class Backbone(nnx.Module):
 
     def _run(self, graphdef, block, state: Any, x: Array, reset: Array | None):
         """The layers of one run: a scan, unrolled where they are few, for a loop copies what each
-        keeps for the backward pass into its place and out. A layer by itself and one token after a
-        state go without a scan, which a call outside of jit would compile again each time."""
+        keeps for the backward pass into its place and out. Without one, which outside of jit is
+        compiled in every call: a layer by itself, and one token after a state, as a loop would
+        copy the states too."""
         length = jax.tree.leaves(block)[0].shape[0]
         alone = length == 1 or (state is not None and x.shape[1] == 1)
 
@@ -133,10 +135,10 @@ class Backbone(nnx.Module):
                 x, one = body(x, _layer((block, state), i))
                 rest.append(one)
             return x, *_stack(rest)
-        # With remat there is little to copy, and on a mesh a loop has the weights of one layer
-        # gathered at a time: unrolled both would take more memory.
+        # A loop recomputes (remat) and gathers (on a mesh) for one layer at a time: unrolled both
+        # take more memory. Outside of jit it is compiled sooner.
         copies = self.config.remat == "none" and mesh.size(*mesh.AXES) == 1
-        few = copies and length <= self.config.unroll
+        few = copies and length <= self.config.unroll and isinstance(x, Tracer)
         x, (after, aux) = jax.lax.scan(body, x, (block, state), unroll=few)
         return x, after, aux
 

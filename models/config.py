@@ -73,9 +73,9 @@ class BackboneConfig:
     follows from --mesh and --schedule.rounds."""
     stacked: Annotated[bool, tyro.conf.Suppress] = True
     """Whether like blocks in a row have their variables stacked; no flag: one by one they take as
-    long to compile as they are many, and no weights are copied while a token is decoded."""
+    long to compile as they are many, however many, and no weights are copied in decoding."""
     unroll: int = 8
-    """Up to so many like blocks in a row are compiled one after the other, which is quicker, on one
+    """Up to so many like blocks in a row are compiled one after the other, quicker on a CPU, on one
     device and without remat. Else, and more of them, are a loop, compiled as long as one block."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block keeps for the backward pass: all, its input only (full), or results of products

@@ -11,6 +11,7 @@ from flax import nnx
 from scanax.models import LM, LMConfig, merge, split
 from scanax.models.block import MIXERS, Block, runs
 from scanax.models.pattern import Kind
+from scanax.sharding import mesh
 from support.compare import close
 
 TINY = LMConfig(vocab=50, width=16, depth=4)
@@ -71,6 +72,42 @@ def test_a_run_is_its_blocks_one_after_another(unroll):
 
     run = jax.jit(lambda params, rest: merge(graphdef, params, rest)(tokens)[0])
     close(run(params, rest), jax.jit(each)(params, rest), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("over", "change", "unroll"),
+    [
+        ("", {}, 8),
+        ("", {"unroll": 7}, 1),
+        ("", {"remat": "full"}, 1),
+        ("", {"remat": "dots"}, 1),
+        ("fsdp=2", {}, 1),
+        ("pipe=2", {"pipeline": (2, 1)}, 1),
+    ],
+)
+def test_blocks_are_unrolled_where_it_takes_no_memory(over, change, unroll):
+    """On one device, without remat, and of no more than so many."""
+    config = dataclasses.replace(TINY, depth=8, pattern="conv+swiglu", **change)
+    graphdef, params, rest = split(LM(config, rngs=nnx.Rngs(0)))
+    with jax.set_mesh(mesh.make(over)):
+        jaxpr = jax.make_jaxpr(lambda *a: merge(graphdef, *a[:2])(a[2])[0])(
+            params, rest, jnp.zeros((4, 8), jnp.int32)
+        )
+    length = 8 // config.pipeline[0]
+    assert [each["unroll"] for each in _scans(jaxpr) if each["length"] == length] == [unroll]
+
+
+def _scans(jaxpr):
+    """The parameters of all scans in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+            yield from _scans(inner) if _is_jaxpr(inner) else ()
+
+
+def _is_jaxpr(x):
+    return hasattr(x, "eqns")
 
 
 def test_initialisation_is_jittable_and_differs_by_layer():
