@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
