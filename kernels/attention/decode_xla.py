@@ -27,15 +27,17 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
 
     def step(j, carry):
         m, u, w, sound = carry
+        # else XLA takes the product with a single block's keys out of the loop, and copies the ring
+        j, keys, values = jax.lax.optimization_barrier((j, k, v))
         at = jnp.minimum(j * block, length - block)  # the last block begins within the one before
         some = partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=block)
         slots = at + jnp.arange(block, dtype=jnp.int32)
         see = tiles.see(first, last, some(kv_index, axis=1))[..., 0, :] & (slots >= j * block)
-        s = scale * tiles.dot("bgrk,bgsk->bgrs", q, some(k, axis=2))
+        s = scale * tiles.dot("bgrk,bgsk->bgrs", q, some(keys, axis=2))
         top = jnp.maximum(m, jnp.max(jnp.where(see, s, LOWEST), axis=-1))
         p = jnp.where(see, jnp.exp(s - top[..., None]), 0).astype(v.dtype)
         fade = jnp.exp(m - top)
-        more = tiles.dot("bgrs,bgsv->bgrv", p, some(v, axis=2))
+        more = tiles.dot("bgrs,bgsv->bgrv", p, some(values, axis=2))
         sound &= jnp.isfinite(s).all() & jnp.isfinite(more).all()
         return top, fade * u + p.sum(-1, dtype=exact), fade[..., None] * w + more, sound
 
@@ -48,7 +50,7 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
         return tuple(rearrange(x, "b g r ... -> b 1 (g r) ...") for x in (y, m + jnp.log(u)))
 
     def again():
-        keys = k.swapaxes(1, 2), v.swapaxes(1, 2)  # in here, where it copies them
-        return tiled(query, *keys, first, last, kv_index, scale, block, dtype)
+        whole = k.swapaxes(1, 2), v.swapaxes(1, 2)  # in here, where it copies them
+        return tiled(query, *whole, first, last, kv_index, scale, block, dtype)
 
     return jax.lax.cond(sound, done, again)

@@ -1,5 +1,8 @@
 """Attention's window against its definition, and what its cache holds and loses."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +98,24 @@ def test_rows_of_different_streams_can_be_batched():
     close(y[0], full[0, 3:4], 1e-5)
     full, _ = step(x, None, none)
     close(y[1], full[1, 6:7], 1e-5)
+
+
+def test_tokens_are_decoded_without_copies_of_their_ring():
+    model, _, _, none = build()
+    graph, params = nnx.split(model)
+    state = model.init_state(1, 500, jnp.float32)
+
+    @partial(jax.jit, donate_argnums=1)
+    def decode(x, state):
+        def step(_, carry):
+            return nnx.merge(graph, params)(*carry, none[:1, :1])
+
+        return jax.lax.fori_loop(0, 3, step, (x, state))
+
+    program = decode.lower(jnp.ones((1, 1, WIDTH), jnp.float32), state).compile().as_text()
+    ring = rf"= f32\[{','.join(map(str, state['k'].shape))}\]\S* "
+    assert re.search(ring + "fusion", program)
+    assert not re.search(ring + "copy", program)
 
 
 @pytest.mark.parametrize(
