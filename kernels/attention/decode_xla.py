@@ -27,7 +27,8 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
 
     def step(j, carry):
         m, u, w, sound = carry
-        # else XLA takes the product with a single block's keys out of the loop, and copies the ring
+        # With j, and so in the loop: else XLA takes the product with a single block's keys out of
+        # it, for which it copies a cache that is written in the same program.
         j, keys, values = jax.lax.optimization_barrier((j, k, v))
         at = jnp.minimum(j * block, length - block)  # the last block begins within the one before
         some = partial(jax.lax.dynamic_slice_in_dim, start_index=at, slice_size=block)
@@ -50,7 +51,7 @@ def attention(tiled, query, k, v, first, last, kv_index, scale, block, dtype):
         return tuple(rearrange(x, "b g r ... -> b 1 (g r) ...") for x in (y, m + jnp.log(u)))
 
     def again():
-        whole = k.swapaxes(1, 2), v.swapaxes(1, 2)  # in here, where it copies them
-        return tiled(query, *whole, first, last, kv_index, scale, block, dtype)
+        keys = k.swapaxes(1, 2), v.swapaxes(1, 2)  # in here, where it copies them
+        return tiled(query, *keys, first, last, kv_index, scale, block, dtype)
 
     return jax.lax.cond(sound, done, again)
