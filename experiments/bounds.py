@@ -12,7 +12,6 @@ from . import timing
 
 T = TypeVar("T")
 PRODUCT = 2 * 1024**3  # operations of a product whose rate counts as the device's
-READ = 1 << 27  # bytes of a matrix that is read, more than most CPUs' caches hold
 
 
 class Device(NamedTuple):
@@ -73,9 +72,10 @@ def product() -> Callable[[], float]:
     return lambda: timing.seconds(lambda: multiply(x))
 
 
-def reading() -> Callable[[], float]:
-    """What says the seconds of reading READ bytes: of a matrix's product with a vector."""
-    w, x = jnp.ones((READ // 4096, 1024), jnp.float32), jnp.ones(1024, jnp.float32)
+def reading(size: float) -> Callable[[], float]:
+    """What says the seconds of reading `size` bytes again and again, of a matrix's product with a
+    vector: from a cache, where they stay in one."""
+    w, x = jnp.ones((math.ceil(size / 4096), 1024), jnp.float32), jnp.ones(1024, jnp.float32)
     multiply = jax.jit(lambda w, x: w @ x)
     return lambda: timing.seconds(lambda: multiply(w, x))
 

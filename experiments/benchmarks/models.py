@@ -63,8 +63,8 @@ def decode(
 ) -> Rows:
     """Greedy decoding of `tokens` tokens, of so many rows at once, after one token each.
 
-    The bound is that of the bytes of weights and states, at the rate at which a large matrix is
-    read in the same rounds.
+    The bound is the time in which a matrix of as many bytes as weights and states have is read in
+    the same rounds, again and again.
     """
     config, label = whole_models.config(name), f"{name} B={rows}"
     found, table = _made(
@@ -76,10 +76,9 @@ def decode(
     calls: dict[Any, Callable[[], float]] = {
         each: functools.partial(timing.seconds, made.decode) for each, made in found.items()
     }
-    calls["reading"] = bounds.reading()
+    calls["reading"] = bounds.reading(whole_models.moved(config, rows, tokens))
     times = timing.turns(calls, rounds)
-    milliseconds = statistics.median(times.pop("reading"))
-    bound = milliseconds * whole_models.moved(config, rows, tokens) / bounds.READ
+    bound = statistics.median(times.pop("reading"))
     times = {each: [t / tokens for t in spent] for each, spent in times.items()}
     for each, made in found.items():
         table[each] = _timed(times[each], times[label], bound, "token_ms")
