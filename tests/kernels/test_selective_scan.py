@@ -1,5 +1,6 @@
 """The selective scan against other code's numbers and a plain numpy recurrence; what it keeps."""
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scanax.kernels import selective_scan
+from scanax.kernels.selective_scan import xla
 from support.compare import close, rms
 
 CASE = Path(__file__).parents[1] / "parity" / "op_selective_scan"
@@ -179,3 +181,17 @@ def test_wrong_arguments_are_named(unchecked, change, message):
     shapes |= {k: v for k, v in change.items() if k != "chunk"}
     with pytest.raises(ValueError, match=message):
         selective_scan(**{k: jnp.zeros(s, jnp.float32) for k, s in shapes.items()}, chunk=chunk)
+
+
+def test_powers_of_two():
+    """Of every size, the ends, and both derivatives."""
+    x = np.random.default_rng(0).uniform(-126, 127.5, 100_000).astype(np.float32)
+    x = np.concatenate([x, x / 100, x / 1e6])
+    exact = 2.0 ** x.astype(np.float64)
+    assert np.abs(np.asarray(jax.jit(xla.exp2)(x)) / exact - 1).max() < 2 * 2.0**-24
+    ends = np.asarray([-np.inf, -1e30, -127, 128, 1e30, np.inf, np.nan, 0], np.float32)
+    np.testing.assert_array_equal(xla.exp2(ends), [0, 0, 0, *[np.inf] * 3, np.nan, 1])
+    x, ln2 = jnp.linspace(-20, 3, 99, dtype=jnp.float32), math.log(2)
+    once, twice = jax.grad(xla.exp2), jax.grad(jax.grad(xla.exp2))
+    np.testing.assert_allclose(jax.vmap(once)(x), ln2 * 2.0**x, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(twice)(x), ln2**2 * 2.0**x, rtol=3e-5)
