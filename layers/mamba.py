@@ -126,7 +126,7 @@ class Mamba(nnx.Module):
 
         @keep.again
         def step_size(dt, bias):
-            return jax.nn.softplus(dt.astype(exact) + bias.astype(exact))
+            return softplus(dt.astype(exact) + bias.astype(exact))
 
         delta = step_size(dt, self.dt_bias[...])
         A = -jnp.exp(self.A_log[...].astype(exact))
@@ -154,6 +154,19 @@ class Mamba(nnx.Module):
         exact = jnp.promote_types(jnp.float32, self.dtype)
         h = jnp.zeros((batch, *self.A_log.shape), exact)
         return {"conv": self.conv.init_window(batch, dtype), "S": h}
+
+
+@jax.custom_jvp
+def softplus(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """log(1 + exp(x)), whose derivative is the sigmoid of x: JAX's own is of the result, which the
+    backward pass would compute again, logarithm and all."""
+    return jax.nn.softplus(x)
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return softplus(x), jax.nn.sigmoid(x) * dx
 
 
 def inner_width(config, width: int) -> int:

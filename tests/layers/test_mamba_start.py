@@ -1,12 +1,16 @@
-"""Mamba's and Mamba-2's initial values are those that were published, and their options work."""
+"""Mamba's and Mamba-2's initial values are those that were published, their options work, and what
+a step size costs."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scanax.kernels import keep
 from scanax.layers.depth import Depth
-from scanax.layers.mamba import Mamba, MambaConfig
+from scanax.layers.mamba import Mamba, MambaConfig, softplus
 from scanax.layers.mamba2 import Mamba2, Mamba2Config
 from support.compare import close
 
@@ -143,3 +147,12 @@ def test_the_inner_width_may_be_any_whole_number(kind, config):
     for expand in (1.3, 0.0, -1.0):
         with pytest.raises(ValueError, match=rf"expand={expand} x width=12 is not a whole number"):
             kind(12, config(expand=expand), rngs=nnx.Rngs(0))
+
+
+def test_the_gradient_of_a_step_size_needs_no_logarithm():
+    """Where its argument is kept and the rest computed again."""
+    x = jnp.linspace(-40, 40, 401, dtype=jnp.float32)
+    np.testing.assert_array_equal(softplus(x), jax.nn.softplus(x))
+    pull = jax.jit(jax.grad(lambda x: keep.again(softplus)(x).sum())).lower(x).compile()
+    np.testing.assert_allclose(pull(x), jax.nn.sigmoid(x), rtol=1e-6)
+    assert not re.search(r"= f32\S* log(-plus-one)?\(", pull.as_text())
