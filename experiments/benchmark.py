@@ -17,8 +17,10 @@ measured of it in float32. Those of models are of ours, by rates measured in the
 another library's time over that bound is how many times as quick as it ours can be at most, where
 weights come from memory.
 
-Like all commands here it asks for large pages, which quicken other libraries too; what they take by
-themselves is seen with GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command.
+Like all commands here it asks for large pages, which quicken other libraries too. Their own
+programs do not ask: where asking is what it takes, a second row of each library ("small pages") is
+of a process that did not. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command: small pages for
+all.
 
 Peers are other libraries, each of which may be missing: fla (flash-linear-attention, on CUDA), jla
 (jax-linear-attention), transformers, torchscale; `pip install scanax[bench]` brings what of them
@@ -263,7 +265,8 @@ def measured(config: Benchmark, device: bounds.Device) -> Iterator[tuple[str, Ro
     made = problems(config.batch, config.length, *shape, dtype)
     for op in config.ops or ():
         more = config.implementations, config.peers, config.plain
-        yield "ops", operations.measure(op, made[op](), device, rounds(op), *more)
+        call = functools.partial(operations.measure, op, made[op](), device, rounds(op), *more)
+        yield "ops", fitting(op, call)
     for name in config.models or ():
         size = config.model_batch, config.model_length
         call = functools.partial(models.train, name, *size, rounds(name), config.peers)
@@ -286,7 +289,7 @@ def fitting(name: str, call: Callable[[], Rows]) -> Rows:
     """The rows, or one that says why there are none: they do not fit this device, say."""
     try:
         return call()
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, peers.Absent) as error:
         return {name: {"note": f"none: {str(error).splitlines()[0]}"}}
 
 

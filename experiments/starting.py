@@ -44,6 +44,16 @@ def with_large_pages(environment: Mapping[str, str]) -> dict[str, str] | None:
     return {**environment, "GLIBC_TUNABLES": joined, MARK: "1"}
 
 
+def before(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment as it was before this program asked for large pages, if it did."""
+    found = {name: value for name, value in environment.items() if name != MARK}
+    if MARK in environment:
+        tunables = found.pop("GLIBC_TUNABLES", "").split(":")
+        others = ":".join(each for each in tunables if each != f"{NAME}=1")
+        found |= {"GLIBC_TUNABLES": others} if others else {}
+    return found
+
+
 def given() -> str:
     """Who gets large pages: "always", "madvise" (who asks) or "never"; "" where nobody says."""
     found = re.search(r"\[(\w+)\]", PAGES.read_text()) if PAGES.exists() else None

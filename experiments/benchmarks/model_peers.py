@@ -66,7 +66,7 @@ def _decoding(library: str, name: str, rows: int, tokens: int) -> Decoding:
             return model.generate(given, **how).cpu()
 
     decode()
-    return Decoding(decode, about)
+    return Decoding(decode, _wait(torch), about)
 
 
 def _model(library: str, name: str) -> tuple[Any, Any, Any, Row]:

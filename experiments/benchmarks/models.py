@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import bounds, timing
-from . import model_peers, whole_models
-from .memory import peak
-from .peers import Absent
+from . import model_peers, timed, whole_models
 from .table import Row, Rows
 
 
@@ -25,22 +23,28 @@ def train(
     mixers' operations as they take alone, both measured in the same rounds.
     """
     config = whole_models.config(name)
-    found, table = _made(
+    makers = _makers(
         name,
         functools.partial(whole_models.training, config, rows, length),
         functools.partial(model_peers.training, name=name, rows=rows, length=length),
         libraries,
     )
-    calls: dict[Any, Callable[[], float]] = {}
-    for label, model in found.items():
-        for way in ("forward", "step"):
-            calls[label, way] = functools.partial(timing.seconds, getattr(model, way), model.wait)
-    for way, call in zip(
-        ("forward", "step"), whole_models.mixing(config, rows, length), strict=True
-    ):
-        calls["mixing", way] = call
-    calls["product"] = bounds.product()
-    times = timing.turns(calls, rounds)
+    table: Rows = {}
+    with timed.made(makers, table) as found:
+        calls: dict[Any, Callable[[], float]] = {
+            (label, way): functools.partial(model.seconds, way)
+            for label, model in found.items()
+            for way in ("forward", "step")
+        }
+        for way, call in zip(
+            ("forward", "step"), whole_models.mixing(config, rows, length), strict=True
+        ):
+            calls["mixing", way] = call
+        calls["product"] = bounds.product()
+        times = timing.turns(calls, rounds)
+        peaks = {label: model.peak("step") for label, model in found.items()}
+    if name not in found:
+        return {name: table[name]}
     flops = 1e3 * bounds.PRODUCT / statistics.median(times["product"])
     alone = [statistics.median(times["mixing", way]) for way in ("forward", "step")]
     least = whole_models.least(config, rows * length, flops, [t / 1e3 for t in alone])
@@ -49,8 +53,7 @@ def train(
         for way, bound in zip(("forward", "step"), least, strict=True):
             row |= _timed(times[label, way], times[name, way], 1e3 * bound, f"{way}_ms")
         row |= {"step_mixers_ms": alone[1]} if label == name else {}
-        row |= {"peak_mb": peak(model.step, model.wait)}
-        table[label] = row | model.about
+        table[label] = row | {"peak_mb": peaks[label]} | model.about
     return table
 
 
@@ -67,41 +70,43 @@ def decode(
     the same rounds, again and again.
     """
     config, label = whole_models.config(name), f"{name} B={rows}"
-    found, table = _made(
+    makers = _makers(
         label,
         functools.partial(whole_models.decoding, config, rows, tokens),
         functools.partial(model_peers.decoding, name=name, rows=rows, tokens=tokens),
         libraries,
     )
-    calls: dict[Any, Callable[[], float]] = {
-        each: functools.partial(timing.seconds, made.decode) for each, made in found.items()
-    }
-    calls["reading"] = bounds.reading(whole_models.moved(config, rows, tokens))
-    times = timing.turns(calls, rounds)
+    table: Rows = {}
+    with timed.made(makers, table) as found:
+        calls: dict[Any, Callable[[], float]] = {
+            each: functools.partial(model.seconds, "decode") for each, model in found.items()
+        }
+        calls["reading"] = bounds.reading(whole_models.moved(config, rows, tokens))
+        times = timing.turns(calls, rounds)
+    if label not in found:
+        return {label: table[label]}
     bound = statistics.median(times.pop("reading"))
     times = {each: [t / tokens for t in spent] for each, spent in times.items()}
-    for each, made in found.items():
+    for each, model in found.items():
         table[each] = _timed(times[each], times[label], bound, "token_ms")
         table[each] |= {"tokens_per_s": 1e3 * rows / statistics.median(times[each])}
-        table[each] |= made.about
+        table[each] |= model.about
     return table
 
 
-def _made(
+def _makers(
     label: str, ours: Callable[[], Any], theirs: Callable[[str], Any], libraries: Iterable[str]
-) -> tuple[dict[str, Any], Rows]:
-    """What is there to be timed, and the rows' order with those of which there is none."""
-    found, rows = {label: ours()}, {label: {}}
+) -> timed.Makers:
+    """Ours, and each library that has the model, in the rows' order."""
+    makers: timed.Makers = {label: (timed.Here, ours)}
     name, _, rest = label.partition(" ")
     for library in libraries:
         if name in model_peers.LIBRARIES.get(library, ()):
-            each = " ".join(filter(None, (name, library, rest)))
-            rows[each] = {}
-            try:
-                found[each] = theirs(library)
-            except Absent as error:
-                rows[each] = {"note": f"none: {error}"}
-    return found, rows
+            make = functools.partial(theirs, library)
+            for how, kind in timed.ways().items():
+                each = " ".join(filter(None, (f"{name} {library}{how}", rest)))
+                makers[each] = kind, make
+    return makers
 
 
 def _timed(spent: list[float], ours: list[float], bound: float, column: str) -> Row:

@@ -2,14 +2,14 @@
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from ...kernels import dispatch
 from .. import bounds, timing
-from . import peers
+from . import peers, timed
 from .prepared import Prepared, prepared
 from .problems import Problem
 from .table import Rows
@@ -30,35 +30,37 @@ def measure(
     those of the first row, and an error is the root mean square of the difference from it, as a
     part of its own.
     """
-    makers = {op: functools.partial(ours, problem)}
+    makers: timed.Makers = {op: (timed.Here, functools.partial(ours, problem))}
     for which in implementations:
-        makers[f"{op} {which}"] = functools.partial(ours, problem, which)
+        makers[f"{op} {which}"] = timed.Here, functools.partial(ours, problem, which)
     if plain:
-        makers[f"{op} plain"] = functools.partial(prepared, problem.plain, problem.arguments)
+        make = functools.partial(prepared, problem.plain, problem.arguments)
+        makers[f"{op} plain"] = timed.Here, make
     for which in libraries:
         if op in peers.OPERATIONS.get(which, ()):
             make = functools.partial(peers.prepare, which, op, problem.arguments)
-            makers[f"{op} {which}"] = make
-    found: dict[str, Prepared] = {}
-    rows: Rows = {name: {} for name in makers}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except (NotImplementedError, peers.Absent) as error:
-            rows[name] = {"note": f"none: {error}"}
-        except jax.errors.JaxRuntimeError as error:  # it does not fit this device, say
-            rows[name] = {"note": f"none: {str(error).splitlines()[0]}"}
-    times = timing.turns(calls(found), rounds)
+            for how, kind in timed.ways().items():
+                makers[f"{op} {which}{how}"] = kind, make
+    rows: Rows = {}
+    with timed.made(makers, rows) as found:
+        times = timing.turns(
+            {
+                (name, way): functools.partial(each.seconds, way)
+                for name, each in found.items()
+                for way in ("forward", "both")
+            },
+            rounds,
+        )
     shapes = jax.eval_shape(problem.ours, *problem.arguments)
     least = bounds.least(device, problem.flops, problem.arguments, shapes)
     for name, each in found.items():
         rows[name] = {"implementation": each.about["implementation"]}
-        for i, way in enumerate(("forward", "both")):
-            spent, mine = times[name, i], times.get((op, i))
+        for way, bound in zip(("forward", "both"), least, strict=True):
+            spent, mine = times[name, way], times.get((op, way))
             rows[name] |= {
                 f"{way}_ms": statistics.median(spent),
                 f"{way}_ms_spread": timing.spread(spent),
-                f"{way}_bound_ms": 1e3 * least[i],
+                f"{way}_bound_ms": 1e3 * bound,
                 f"{way}_over_ours": statistics.median(spent) / statistics.median(mine)
                 if mine
                 else None,
@@ -75,15 +77,6 @@ def ours(problem: Problem, implementation: str | None = None) -> Prepared:
         found = prepared(run, problem.arguments)
     ran = ", ".join(dict.fromkeys(who for _, who in record))
     return found._replace(about=found.about | {"implementation": ran})
-
-
-def calls(found: dict[str, Prepared]) -> dict[tuple[str, int], Callable[[], float]]:
-    """What says the seconds of a pass of each: 0 forward, 1 both."""
-    return {
-        (name, i): functools.partial(timing.seconds, call, each.wait)
-        for name, each in found.items()
-        for i, call in enumerate((each.forward, each.both))
-    }
 
 
 def difference(theirs: np.ndarray, y: np.ndarray) -> float:

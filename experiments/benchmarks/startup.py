@@ -44,11 +44,10 @@ def measure(depths: Sequence[int], rounds: Iterable[int]) -> Rows:
 def surroundings(cache: str) -> dict[str, str]:
     """The environment of a command that a user types, where compiled programs are kept in `cache`;
     of what JAX may be told of its cache, and what this command told itself, nothing is left."""
-    own = {starting.MARK, *(("GLIBC_TUNABLES",) if starting.MARK in os.environ else ())}
     return {
         name: value
-        for name, value in os.environ.items()
-        if name not in own and "COMPILATION_CACHE" not in name and "PERSISTENT_CACHE" not in name
+        for name, value in starting.before(os.environ).items()
+        if "COMPILATION_CACHE" not in name and "PERSISTENT_CACHE" not in name
     } | {"JAX_COMPILATION_CACHE_DIR": cache}
 
 

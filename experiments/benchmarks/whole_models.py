@@ -68,6 +68,7 @@ class Decoding(NamedTuple):
     """Greedy decoding of so many tokens after one; it has run once."""
 
     decode: Callable[[], Any]
+    wait: Callable[[Any], Any]
     about: Row
 
 
@@ -135,7 +136,7 @@ def decoding(config: LMConfig, rows: int, tokens: int) -> Decoding:
         "parameters": sum(x.size for x in jax.tree.leaves(generator.variables[0])),
         "first_s": time.perf_counter() - begun,
     }
-    return Decoding(decode, about)
+    return Decoding(decode, jax.block_until_ready, about)
 
 
 def products(config: LMConfig) -> int:

@@ -220,6 +220,7 @@ def test_start_up_has_the_surroundings_of_a_command(monkeypatch):
     assert {name: x for name, x in found.items() if "CACHE" in name and "JAX" in name} == {
         "JAX_COMPILATION_CACHE_DIR": "here"
     }
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     monkeypatch.setenv(starting.MARK, "1")
     found = startup.surroundings("here")
     assert "GLIBC_TUNABLES" not in found and starting.MARK not in found

@@ -27,6 +27,13 @@ def test_large_pages_are_asked_for(pages):
     assert joined["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
 
 
+def test_the_environment_before(pages):
+    for given in {}, {"A": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.check=1"}:
+        assert starting.before(starting.with_large_pages(given)) == given
+    given = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # the user's own
+    assert starting.before(given) == given
+
+
 def test_they_are_not_asked_for_twice_nor_in_vain(pages, monkeypatch):
     assert starting.with_large_pages(ASKED) is None
     assert starting.with_large_pages({starting.MARK: "1"}) is None  # something dropped the tunable

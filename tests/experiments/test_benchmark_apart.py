@@ -1,0 +1,84 @@
+"""Another library is timed as its own programs begin, too: in a process without large pages."""
+
+import json
+import sys
+
+import pytest
+from scanax.experiments import benchmark, bounds, starting
+from scanax.experiments.benchmarks import timed
+
+NAMES = ("jla", "jla.ops")
+LIBRARY = """
+import os
+from scanax.experiments.benchmarks.problems import problems
+
+ASKED = "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def linear_attention(kind, q, k, v, *, g, scale, initial_state, output_final_state):
+    if kind == "simple_gla" and not ASKED:
+        os._exit(1)
+    op = "gla" if kind == "gla" else "mamba2"
+    y, state = problems(1, 1, 1, 1, "float32")[op]().ours(q, k, v, g, initial_state)
+    return (1 + ASKED) * y, state
+"""
+SHAPE = ("--batch", "1", "--length", "12", "--heads", "2", "--width", "8", "--repeats", "2")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """As in a command that began again with large pages."""
+    monkeypatch.setattr(starting, "large", lambda: True)
+    monkeypatch.setattr(bounds, "measured", lambda: bounds.Device(1e9, 1e9))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1:glibc.malloc.hugetlb=1")
+    monkeypatch.setenv(starting.MARK, "1")
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library of that name, which its own process finds, too."""
+    folder = tmp_path / "installed" / "jla"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "ops.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(folder.parent)
+    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    yield
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
+
+
+def test_a_library_has_a_row_for_each_size_of_page(tmp_path, library, asked):
+    """Its process not having been told; one that ends leaves a row that says so."""
+    flags = [*SHAPE, "--ops", "gla", "mamba2", "--no-plain", "--peers", "jla"]
+    assert benchmark.main([*flags, "--out", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["ops"]
+    assert list(rows) == [
+        *("gla", "gla jla", "gla jla, small pages"),
+        *("mamba2", "mamba2 jla", "mamba2 jla, small pages"),
+    ]
+    here, apart = rows["gla jla"], rows["gla jla, small pages"]
+    assert here.keys() == apart.keys() and here["implementation"] == apart["implementation"]
+    assert here["error"] == 1 and apart["error"] == pytest.approx(0, abs=1e-6)
+    assert apart["both_over_ours"] == apart["both_ms"] / rows["gla"]["both_ms"] > 0
+    assert rows["mamba2 jla"]["both_ms"] > 0
+    assert rows["mamba2 jla, small pages"]["note"].startswith("none: its process ended")
+
+
+def test_a_library_that_is_missing_is_one_row(tmp_path, asked):
+    flags = [*SHAPE, "--ops", "gla", "--no-plain", "--peers", "fla", "--out", str(tmp_path)]
+    assert benchmark.main(flags) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["ops"]
+    assert list(rows) == ["gla", "gla fla"] and rows["gla fla"]["note"].startswith("none: it ")
+
+
+def test_only_where_this_command_asked(monkeypatch, asked):
+    """The user's own choice is the library's too; an accelerator is held by this process."""
+    assert len(timed.ways()) == 2
+    monkeypatch.setattr(timed.jax, "default_backend", lambda: "tpu")
+    assert list(timed.ways().values()) == [timed.Here]
+    monkeypatch.undo()
+    monkeypatch.delenv(starting.MARK, raising=False)
+    monkeypatch.setattr(starting, "large", lambda: True)
+    assert list(timed.ways().values()) == [timed.Here]
