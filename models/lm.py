@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..kernels import checks
-from ..layers.linear import Linear, flat_dot_general
+from ..layers.linear import Linear, product
 from ..sharding import vocabulary
 from .backbone import Backbone, made_from
 from .block import stream_dtype
@@ -112,4 +112,4 @@ def _logits(x, weight):
     exact = jnp.promote_types(jnp.float32, x.dtype)
     dimensions = ((x.ndim - 1,), (0,)), ((), ())
     kinds = {"precision": "highest", "preferred_element_type": exact}
-    return flat_dot_general(x, weight.astype(x.dtype), dimensions, **kinds)
+    return product(x, weight.astype(x.dtype), dimensions, **kinds)
