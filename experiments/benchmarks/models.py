@@ -31,6 +31,8 @@ def train(
     )
     table: Rows = {}
     with timed.made(makers, table) as found:
+        if name not in found:
+            return {name: table[name]}
         calls: dict[Any, Callable[[], float]] = {
             (label, way): functools.partial(model.seconds, way)
             for label, model in found.items()
@@ -43,8 +45,6 @@ def train(
         calls["product"] = bounds.product()
         times = timing.turns(calls, rounds)
         peaks = {label: model.peak("step") for label, model in found.items()}
-    if name not in found:
-        return {name: table[name]}
     flops = 1e3 * bounds.PRODUCT / statistics.median(times["product"])
     alone = [statistics.median(times["mixing", way]) for way in ("forward", "step")]
     least = whole_models.least(config, rows * length, flops, [t / 1e3 for t in alone])
@@ -78,13 +78,13 @@ def decode(
     )
     table: Rows = {}
     with timed.made(makers, table) as found:
+        if label not in found:
+            return {label: table[label]}
         calls: dict[Any, Callable[[], float]] = {
             each: functools.partial(model.seconds, "decode") for each, model in found.items()
         }
         calls["reading"] = bounds.reading(whole_models.moved(config, rows, tokens))
         times = timing.turns(calls, rounds)
-    if label not in found:
-        return {label: table[label]}
     bound = statistics.median(times.pop("reading"))
     times = {each: [t / tokens for t in spent] for each, spent in times.items()}
     for each, model in found.items():

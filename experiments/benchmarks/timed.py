@@ -1,9 +1,11 @@
 """What is timed: made in this process, or in one of its own that has not asked for large pages."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,9 +18,13 @@ from . import memory
 from .peers import Absent
 from .table import Row, Rows
 
+ENDED = "its process ended, for want of memory perhaps"
+
 
 class Here:
     """Made in this process: calls by name, what waits for their results, and what is known."""
+
+    ended = ""
 
     def __init__(self, make: Callable[[], Any]):
         self.made = make()
@@ -39,66 +45,83 @@ class Apart:
     """The same of what is made in a process of its own, which has the environment from before this
     program asked for large pages, as a program of another library has.
 
-    `make` can be pickled. Absent if it makes nothing there, or its process ends.
+    `make` can be pickled. Absent if it makes nothing there. Where the process ends later, seconds
+    are nan and `ended` says so.
     """
 
     def __init__(self, make: Callable[[], Any]):
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, _left_alone)
+        self.ended = ""
+        theirs, self.alive = context.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(1, context, _until, (theirs,))
         try:
             with environment(starting.before(os.environ)):
-                self.about, self.y = self._there(_make, make)
+                made = self.pool.submit(_make, make)
+            theirs.close()
+            self.about, self.y = made.result()
+        except BrokenProcessPool:
+            self.close()
+            raise Absent(ENDED) from None
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
+        self.alive.close()
         self.pool.shutdown()
 
     def seconds(self, way: str) -> float:
-        return self._there(_call, "seconds", way)
+        return self._asked("seconds", way, math.nan)
 
     def peak(self, way: str) -> float | None:
-        return self._there(_call, "peak", way)
+        return self._asked("peak", way, None)
 
-    def _there(self, function: Callable, *arguments: Any) -> Any:
+    def _asked(self, name: str, way: str, ended: Any) -> Any:
         try:
-            return self.pool.submit(function, *arguments).result()
+            return self.pool.submit(_call, name, way).result()
         except BrokenProcessPool:
-            raise Absent("its process ended, for want of memory perhaps") from None
+            self.ended = ENDED
+            return ended
 
 
 Timed = Here | Apart
 Kind = Callable[[Callable[[], Any]], Timed]
 Makers = dict[str, tuple[Kind, Callable[[], Any]]]
 
-_there: dict[str, Here] = {}  # in a process of its own, what it is for
+_made: list[Here] = []  # in a process of its own, the one that it is for
 
 
-def _left_alone() -> None:
-    """The process ends when the one that began it is done with it, at Ctrl-C too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _until(alive: Any) -> None:
+    """The process ends with the one that began it, however that ends, or when that closes `alive`,
+    in the middle of a call too."""
+
+    def wait():
+        with contextlib.suppress(EOFError):
+            alive.recv()
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for that one
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _make(make: Callable[[], Any]) -> tuple[Row, Any]:
-    _there["it"] = Here(make)
-    return _there["it"].about, _there["it"].y
+    _made.append(Here(make))
+    return _made[0].about, _made[0].y
 
 
 def _call(name: str, way: str) -> float | None:
-    return getattr(_there["it"], name)(way)
+    return getattr(_made[0], name)(way)
 
 
 @contextlib.contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
     """What the environment is within, for the processes that begin there."""
-    before = dict(os.environ)
+    changed = {name for name, value in os.environ.items() if values.get(name) != value}
+    before = {name: os.environ.pop(name) for name in changed}
     try:
-        os.environ.clear()
-        os.environ.update(values)
+        os.environ.update({name: values[name] for name in changed if name in values})
         yield
     finally:
-        os.environ.clear()
         os.environ.update(before)
 
 
@@ -111,7 +134,8 @@ def ways() -> dict[str, Kind]:
 
 @contextlib.contextmanager
 def made(makers: Makers, rows: Rows) -> Iterator[dict[str, Timed]]:
-    """What of them can be made; of the others a row says why not, once, however they are timed."""
+    """What of them can be made, and by the end is still there; of the others a row says why not,
+    once, however they are timed."""
     found: dict[str, Timed] = {}
     missing = set()
     with contextlib.ExitStack() as stack:
@@ -129,3 +153,5 @@ def made(makers: Makers, rows: Rows) -> Iterator[dict[str, Timed]]:
                 rows[name] = {"note": f"none: {str(error).splitlines()[0]}"}
                 missing.add(make)
         yield found
+        for name in [name for name, each in found.items() if each.ended]:
+            rows[name] = {"note": f"none: {found.pop(name).ended}"}

@@ -1,23 +1,35 @@
 """Another library is timed as its own programs begin, too: in a process without large pages."""
 
+import functools
 import json
+import multiprocessing
+import os
+import pickle
 import sys
 
 import pytest
 from scanax.experiments import benchmark, bounds, starting
-from scanax.experiments.benchmarks import timed
+from scanax.experiments.benchmarks import model_peers, models, peers, timed
 
 NAMES = ("jla", "jla.ops")
 LIBRARY = """
 import os
+import jax
 from scanax.experiments.benchmarks.problems import problems
 
+calls = []
 ASKED = "hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
 
 
-def linear_attention(kind, q, k, v, *, g, scale, initial_state, output_final_state):
-    if kind == "simple_gla" and not ASKED:
+def ended_at_the_third():
+    calls.append(0)
+    if len(calls) == 3:
         os._exit(1)
+
+
+def linear_attention(kind, q, k, v, *, g, scale, initial_state, output_final_state):
+    if kind == "simple_gla" and not ASKED:  # later than the first call, which is traced
+        jax.debug.callback(ended_at_the_third)
     op = "gla" if kind == "gla" else "mamba2"
     y, state = problems(1, 1, 1, 1, "float32")[op]().ours(q, k, v, g, initial_state)
     return (1 + ASKED) * y, state
@@ -62,8 +74,26 @@ def test_a_library_has_a_row_for_each_size_of_page(tmp_path, library, asked):
     assert here.keys() == apart.keys() and here["implementation"] == apart["implementation"]
     assert here["error"] == 1 and apart["error"] == pytest.approx(0, abs=1e-6)
     assert apart["both_over_ours"] == apart["both_ms"] / rows["gla"]["both_ms"] > 0
-    assert rows["mamba2 jla"]["both_ms"] > 0
+    assert rows["mamba2"]["both_ms"] > 0 and rows["mamba2 jla"]["both_ms"] > 0
     assert rows["mamba2 jla, small pages"]["note"].startswith("none: its process ended")
+    assert not multiprocessing.active_children()
+
+
+def test_one_that_ends_before_it_is_made_is_absent(asked):
+    with pytest.raises(peers.Absent, match="its process ended"):
+        timed.Apart(functools.partial(os._exit, 3))
+    assert not multiprocessing.active_children()
+    assert starting.MARK in os.environ and "hugetlb" in os.environ["GLIBC_TUNABLES"]
+
+
+def test_models_of_a_library_are_timed_both_ways(asked):
+    """Rows' names, and what makes them can go to another process."""
+    theirs = functools.partial(model_peers.decoding, name="mamba", rows=8, tokens=3)
+    makers = models._makers("mamba B=8", object, theirs, tuple(peers.INSTALL))
+    names = "mamba B=8", "mamba transformers B=8", "mamba transformers, small pages B=8"
+    assert tuple(makers) == names
+    assert [kind for kind, _ in makers.values()] == [timed.Here, timed.Here, timed.Apart]
+    pickle.dumps(makers[names[-1]][1])
 
 
 def test_a_library_that_is_missing_is_one_row(tmp_path, asked):
