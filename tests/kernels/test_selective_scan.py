@@ -1,5 +1,6 @@
 """The selective scan against other code's numbers and a plain numpy recurrence; what it keeps."""
 
+import math
 from functools import cache, partial
 from pathlib import Path
 
@@ -182,15 +183,24 @@ def test_wrong_arguments_are_named(unchecked, change, message):
         selective_scan(**{k: jnp.zeros(s, jnp.float32) for k, s in shapes.items()}, chunk=chunk)
 
 
-def test_the_exponential():
+def test_powers_of_two():
     """Of every size, the ends, and both derivatives."""
-    x = np.random.default_rng(0).uniform(-87, 88, 100_000).astype(np.float32)
+    x = np.random.default_rng(0).uniform(-126, 127.5, 100_000).astype(np.float32)
     x = np.concatenate([x, x / 100, x / 1e6])
-    error = np.asarray(jax.jit(xla.exp)(x)) / np.exp(np.float64(x)) - 1
-    assert np.abs(error / (1 + np.abs(x))).max() < 1e-7
-    ends = np.asarray([-np.inf, -1e38, -1e30, -88, 89, 1e30, np.inf, np.nan, 0], np.float32)
-    np.testing.assert_array_equal(xla.exp(ends), [*[0] * 4, *[np.inf] * 3, np.nan, 1])
-    x = jnp.linspace(-20, 3, 99, dtype=jnp.float32)
-    once, twice = jax.grad(xla.exp), jax.grad(jax.grad(xla.exp))
-    np.testing.assert_allclose(jax.vmap(once)(x), np.exp(x), rtol=3e-6)
-    np.testing.assert_allclose(jax.vmap(twice)(x), np.exp(x), rtol=3e-5)
+    exact = 2.0 ** x.astype(np.float64)
+    assert np.abs(np.asarray(jax.jit(xla.exp2)(x)) / exact - 1).max() < 2 * 2.0**-24
+    ends = np.asarray([-np.inf, -1e30, -127, 128, 1e30, np.inf, np.nan, 0], np.float32)
+    np.testing.assert_array_equal(xla.exp2(ends), [0, 0, 0, *[np.inf] * 3, np.nan, 1])
+    x, ln2 = jnp.linspace(-20, 3, 99, dtype=jnp.float32), math.log(2)
+    once, twice = jax.grad(xla.exp2), jax.grad(jax.grad(xla.exp2))
+    np.testing.assert_allclose(jax.vmap(once)(x), ln2 * 2.0**x, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(twice)(x), ln2**2 * 2.0**x, rtol=3e-5)
+
+
+def test_the_fastest_decay_there_is():
+    """Of the largest rate float32 has; a step of zero keeps the state all the same."""
+    A = jnp.full((1, 1), jnp.finfo(jnp.float32).min)
+    one = jnp.ones((1, 2, 1), jnp.float32)
+    state = jnp.full((1, 1, 1), 3.0, jnp.float32)
+    y, _ = selective_scan(one, jnp.asarray([[[0.0], [1.0]]], jnp.float32), A, one, one, state=state)
+    np.testing.assert_array_equal(y[0, :, 0], [3, 1])
