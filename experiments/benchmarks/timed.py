@@ -29,7 +29,7 @@ class Here:
     def __init__(self, make: Callable[[], Any]):
         self.made = make()
         self.about: Row = self.made.about
-        self.y = getattr(self.made, "y", None)
+        self.y: Any = getattr(self.made, "y", None)
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -52,6 +52,7 @@ class Apart:
     def __init__(self, make: Callable[[], Any]):
         context = multiprocessing.get_context("spawn")
         self.ended = ""
+        self.y: Any = None
         theirs, self.alive = context.Pipe(duplex=False)
         self.pool = ProcessPoolExecutor(1, context, _until, (theirs,))
         try:
@@ -129,7 +130,10 @@ def ways() -> dict[str, Kind]:
     """How another library is timed, by what its rows are called besides: in this process; and if
     that has large pages for having asked, as its own programs begin too."""
     asked = starting.MARK in os.environ and starting.large() and jax.default_backend() == "cpu"
-    return {"": Here} | ({", small pages": Apart} if asked else {})
+    found: dict[str, Kind] = {"": Here}
+    if asked:
+        found[", small pages"] = Apart
+    return found
 
 
 @contextlib.contextmanager
