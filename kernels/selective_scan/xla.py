@@ -9,8 +9,8 @@ With a = exp(delta A) and lam the gradient of the loss to h after a token, the b
 from the last token to the first, once each chunk's states have been computed a second time. Every
 loop goes token by token: on a CPU one token's state stays in cache. It is laid out (B, N, D), so
 that exp and the products run along D. Sums over N or D are matmuls with a vector, because XLA for
-CPUs does not vectorise the `sum` (for B = 1 the whole would take eight times as long). So is
-a power of two ours on a CPU: a third of the time went to `exp`.
+CPUs does not vectorise the `sum` (for B = 1 the whole would take eight times as long). On a
+CPU decays are powers of two by `exp2` below: a third of the time went to XLA's `exp`.
 
 A document's first token takes nothing from the state before it and passes nothing back, not even a
 nan, so that packed documents need no further isolation.
