@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 MANIFEST = "manifest.json"
+OTHER = "give the config that it was saved with"
 
 
 class CheckpointError(ValueError):
@@ -132,13 +133,13 @@ def restore(
     for name, leaf in wanted.items():
         here = [str(leaf.dtype), list(leaf.shape)]
         if name not in saved:
-            raise CheckpointError(f"checkpoint {folder} has no {name}")
+            raise CheckpointError(f"checkpoint {folder} has no {name}: {OTHER}")
         if saved[name] != here:
             raise CheckpointError(
                 f"checkpoint {folder}: {name} is {_shown(saved[name])} there, {_shown(here)} here"
             )
     if not part and (more := [name for name in saved if name not in wanted]):
-        raise CheckpointError(f"checkpoint {folder} has {more[0]}, which is not asked for here")
+        raise CheckpointError(f"checkpoint {folder} has {more[0]}, not asked for: {OTHER}")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = {n: getattr(leaf, "sharding", None) or device for n, leaf in wanted.items()}
     # Orbax wants every name it holds; arrays without elements it never held.

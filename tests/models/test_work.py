@@ -55,13 +55,13 @@ def test_dots_computes_no_product_and_no_kernel_again(pattern):
     """Elementwise work alone, for less memory: as everything again would take a fifth more.
 
     Without it chains of elementwise steps are computed again as well: what it saves is the rest.
+    Eight blocks, for what one takes while it is computed again hides what two keep.
     """
-    config = LMConfig(vocab=64, width=32, depth=2, pattern=pattern)
+    config = LMConfig(vocab=64, width=32, depth=8, pattern=pattern)
     flops, memory = {}, {}
     for remat in ("none", "dots", "full"):
         compiled = step(dataclasses.replace(config, remat=remat), "", 128)
         flops[remat] = hlo.count(compiled.as_text()).flops
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert flops["dots"] < 1.06 * flops["none"] < flops["full"] / 1.1
-    assert memory["dots"] < memory["none"]
-    assert memory["dots"] < max(0.8 * memory["none"], 1.25 * memory["full"])  # which is the least
+    assert memory["full"] < memory["dots"] < 0.8 * memory["none"]
