@@ -56,7 +56,7 @@ class Apart:
         theirs, self.alive = context.Pipe(duplex=False)
         self.pool = ProcessPoolExecutor(1, context, _until, (theirs,))
         try:
-            with environment(starting.before(os.environ)):
+            with environment(starting.before(os.environ)), uninterrupted():
                 made = self.pool.submit(_make, make)
             theirs.close()
             self.about, self.y = made.result()
@@ -101,7 +101,6 @@ def _until(alive: Any) -> None:
             alive.recv()
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for that one
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -124,6 +123,16 @@ def environment(values: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C waits for the end of it, and is not for the processes that begin within."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ways() -> dict[str, Kind]:

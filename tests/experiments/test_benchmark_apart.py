@@ -1,11 +1,16 @@
 """Another library is timed as its own programs begin, too: in a process without large pages."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import threading
+import time
+import types
 
 import pytest
 from scanax.experiments import benchmark, bounds, starting
@@ -84,6 +89,28 @@ def test_one_that_ends_before_it_is_made_is_absent(asked):
         timed.Apart(functools.partial(os._exit, 3))
     assert not multiprocessing.active_children()
     assert starting.MARK in os.environ and "hugetlb" in os.environ["GLIBC_TUNABLES"]
+
+
+def test_a_ctrl_c_is_not_for_it(asked, capfd):
+    """While it begins, either: it would leave a traceback, and end before it is asked to."""
+
+    def interrupt():
+        while not (found := multiprocessing.active_children()):
+            time.sleep(0.001)
+        while not made.wait(0.01):
+            os.kill(found[0].pid, signal.SIGINT)
+
+    made = threading.Event()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        apart = timed.Apart(functools.partial(types.SimpleNamespace, about={"compile_s": 1}))
+    finally:
+        made.set()
+        thread.join()
+    with contextlib.closing(apart):
+        assert apart.about == {"compile_s": 1} and not apart.ended
+    assert not capfd.readouterr().err
 
 
 def test_models_of_a_library_are_timed_both_ways(asked):
