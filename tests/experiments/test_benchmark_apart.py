@@ -48,7 +48,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(starting, "large", lambda: True)
     monkeypatch.setattr(bounds, "measured", lambda: bounds.Device(1e9, 1e9))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1:glibc.malloc.hugetlb=1")
-    monkeypatch.setenv(starting.MARK, "1")
+    monkeypatch.setenv(starting.MARK, "glibc.malloc.check=1")
 
 
 @pytest.fixture

@@ -18,25 +18,28 @@ def pages(tmp_path, monkeypatch):
     return file
 
 
-ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", starting.MARK: "1"}
+LARGE = "glibc.malloc.hugetlb=1"
+KEPT = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776"
+ASKED = {"GLIBC_TUNABLES": f"{LARGE}:{KEPT}", starting.MARK: ""}
 
 
 def test_large_pages_are_asked_for(pages):
     assert starting.with_large_pages({"A": "1"}) == {"A": "1"} | ASKED
-    joined = starting.with_large_pages({"GLIBC_TUNABLES": "glibc.malloc.check=1"})
-    assert joined["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    for own, more in ("check=1", KEPT), ("mmap_threshold=4096", KEPT.split(":")[1]):
+        joined = starting.with_large_pages({"GLIBC_TUNABLES": f"glibc.malloc.{own}"})
+        assert joined["GLIBC_TUNABLES"] == f"glibc.malloc.{own}:{LARGE}:{more}"
 
 
 def test_the_environment_before(pages):
     for given in {}, {"A": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.check=1"}:
         assert starting.before(starting.with_large_pages(given)) == given
-    given = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # the user's own
+    given = {"GLIBC_TUNABLES": LARGE}  # the user's own
     assert starting.before(given) == given
 
 
 def test_they_are_not_asked_for_twice_nor_in_vain(pages, monkeypatch):
     assert starting.with_large_pages(ASKED) is None
-    assert starting.with_large_pages({starting.MARK: "1"}) is None  # something dropped the tunable
+    assert starting.with_large_pages({starting.MARK: ""}) is None  # something dropped the tunable
     assert starting.with_large_pages({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}) is None
     for mode in ("[always] madvise never\n", "always madvise [never]\n"):
         pages.write_text(mode)
@@ -95,7 +98,33 @@ def test_a_program_begins_again_as_it_was(tmp_path):
     (tmp_path / "program.py").write_text(program)
     run = [sys.executable, "-O", str(tmp_path / "program.py"), "--a", "b c"]
     done = subprocess.run(run, capture_output=True, text=True, env={})
-    said = "begun\nbegun\n['--a', 'b c'] 1 glibc.malloc.hugetlb=1\n"
+    said = f"begun\nbegun\n['--a', 'b c'] 1 {LARGE}:{KEPT}\n"
     assert (done.stdout, done.stderr) == (said, "")
     done = subprocess.run([sys.executable], input=program, capture_output=True, text=True, env={})
     assert (done.stdout, done.stderr) == ("begun\n[] 0 None\n", "")
+
+
+FAULTS = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+for call in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [libc.malloc(size) for size in (3_000_000, 20_000_000, 9_000_000)]
+    for each, size in zip(held, (3_000_000, 20_000_000, 9_000_000)):
+        ctypes.memset(each, 1, size)
+        libc.free(each)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not starting.able(), reason="it is glibc that keeps it, from 2.35 on")
+def test_what_is_freed_is_kept():
+    """No call waits for pages that the one before it had."""
+    run = [sys.executable, "-c", FAULTS]
+    faults = [
+        int(subprocess.check_output(run, env={"GLIBC_TUNABLES": tunables}))
+        for tunables in ("glibc.malloc.trim_threshold=131072", KEPT)
+    ]
+    assert faults[1] < 10 < 1000 < faults[0]
