@@ -17,10 +17,10 @@ measured of it in float32. Those of models are of ours, by rates measured in the
 another library's time over that bound is how many times as quick as it ours can be at most, where
 weights come from memory.
 
-Like all commands here it asks for large pages, which quicken other libraries too. Their own
-programs do not ask: where asking is what it takes, a second row of each library ("small pages") is
-of a process that did not. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 before the command: small pages for
-all.
+Like all commands here it asks for large pages, which quicken other libraries too where they
+allocate much. Their own programs do not ask: where Linux gives such pages to who asks, a second row
+of each library ("small pages") is of a process that did not. GLIBC_TUNABLES=glibc.malloc.hugetlb=0
+before the command: small pages for all.
 
 Peers are other libraries, each of which may be missing: fla (flash-linear-attention, on CUDA), jla
 (jax-linear-attention), transformers, torchscale; `pip install scanax[bench]` brings what of them

@@ -136,7 +136,8 @@ def restore(
             raise CheckpointError(f"checkpoint {folder} has no {name}: {OTHER}")
         if saved[name] != here:
             raise CheckpointError(
-                f"checkpoint {folder}: {name} is {_shown(saved[name])} there, {_shown(here)} here"
+                f"checkpoint {folder}: {name} is {_shown(saved[name])} there, {_shown(here)} here: "
+                f"{OTHER}"
             )
     if not part and (more := [name for name in saved if name not in wanted]):
         raise CheckpointError(f"checkpoint {folder} has {more[0]}, not asked for: {OTHER}")

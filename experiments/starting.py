@@ -15,6 +15,7 @@ TUNABLES = {
     NAME: 1,
     "glibc.malloc.mmap_threshold": 2**25,  # the largest that is taken
     "glibc.malloc.trim_threshold": 2**40,
+    "glibc.malloc.arena_max": 1,  # a thread's own, once empty, is given back all the same
 }
 
 

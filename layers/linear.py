@@ -21,8 +21,9 @@ def product(
     XLA lays x out anew, features first, for a sum over two axes of rows, batch and time. JAX's own
     gradient would lay the cotangent out anew and turn the result; and of one axis of rows XLA reads
     columns as they lie, which is slow where features are a power of two. 4 x 512 rows, K=256,
-    N=1024, on one core: 13 ms; JAX's own 41, and of one axis, as in a batch of one row, 24. With
-    jax 0.10 that is the quickest in a model. Forward mode (`jax.jvp`) works with that one alone.
+    N=1024, on one core: 13 ms; JAX's own 41; of one axis, as in a batch of one row, 24. With jax
+    0.10 all rows are made one axis, the quickest in a model there, and the gradient is JAX's own.
+    Forward mode (`jax.jvp`) works with jax 0.10 alone.
     """
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"x has {x.shape[-1]} features; the projection takes {kernel.shape[0]}")
