@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from .. import keep
 from .reference import exp, times
 
+TURN = 4  # tokens a turn of the loop, between two of which XLA for CPUs copies the state
 
 def diagonal_scan(u, log_decay, state, reset, chunk):
     """The recurrence, all payload axes as one; `chunk` has no meaning here and is not read."""
@@ -52,7 +53,8 @@ def _values(u, log, state, reset):
         return (after, _put(x, i, after)), None
 
     steps = jnp.arange(u[0].shape[1], dtype=jnp.int32)
-    (state, x), _ = jax.lax.scan(token, (state, jax.tree.map(jnp.zeros_like, u)), steps)
+    x = jax.tree.map(jnp.zeros_like, u)
+    (state, x), _ = jax.lax.scan(token, (state, x), steps, unroll=TURN)
     return x, state
 
 
@@ -81,7 +83,7 @@ def _backward(residuals, cotangents):
 
     steps = jnp.arange(dx[0].shape[1], dtype=jnp.int32)
     zeros = jax.tree.map(jnp.zeros_like, (dx, state if constant else log))
-    (dstate, du, dlog), _ = jax.lax.scan(token, (dstate, *zeros), steps, reverse=True)
+    (dstate, du, dlog), _ = jax.lax.scan(token, (dstate, *zeros), steps, reverse=True, unroll=TURN)
     if constant:
         dlog = jax.tree.map(lambda x: x.sum((0, 1)), dlog)
     return du, dlog, dstate, None

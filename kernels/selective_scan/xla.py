@@ -70,7 +70,7 @@ def exp2(x):
 
 
 def rates(A, dtype):
-    """What makes decays of delta: power(delta * based), exp(delta A). `exp2` where it is quicker."""
+    """based, power: power(delta * based) is exp(delta * A), by `exp2` where that is quicker."""
     if target().platform != "cpu" or jnp.result_type(A, dtype) != jnp.float32:
         return A, jnp.exp
     based = A.astype(jnp.float32) * LOG2_E
