@@ -30,6 +30,7 @@ from .reference import exp, times
 
 TURN = 4  # tokens a turn of the loop, between two of which XLA for CPUs copies the state
 
+
 def diagonal_scan(u, log_decay, state, reset, chunk):
     """The recurrence, all payload axes as one; `chunk` has no meaning here and is not read."""
     del chunk
